@@ -1,0 +1,64 @@
+"""A task queue in the app's own PostgreSQL, for Flask and Flask-SQLAlchemy."""
+
+from __future__ import annotations
+
+from .claim import ClaimLost
+from .config import Config, ConfigError
+from .executor import current_task
+from .extension import BeanQueue, TaskStateError
+from .models import (
+    EventModelMixin,
+    EventModelRefTaskMixin,
+    TaskModelMixin,
+    TaskModelRefEventMixin,
+    TaskModelRefParentMixin,
+    TaskModelRefWorkerMixin,
+    WorkerModelMixin,
+    WorkerRefMixin,
+)
+from .notify import listen_events
+from .processor import ArgumentError, Processor
+from .retry import DelayRetry, ExponentialBackoffRetry, LimitAttempt, RetryPolicy
+from .signals import (
+    task_failed,
+    task_retried,
+    task_started,
+    task_succeeded,
+    worker_started,
+    worker_stopped,
+)
+from .worker import Worker, WorkerDied
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArgumentError",
+    "BeanQueue",
+    "ClaimLost",
+    "Config",
+    "ConfigError",
+    "DelayRetry",
+    "EventModelMixin",
+    "EventModelRefTaskMixin",
+    "ExponentialBackoffRetry",
+    "LimitAttempt",
+    "Processor",
+    "RetryPolicy",
+    "TaskModelMixin",
+    "TaskModelRefEventMixin",
+    "TaskModelRefParentMixin",
+    "TaskModelRefWorkerMixin",
+    "TaskStateError",
+    "Worker",
+    "WorkerDied",
+    "WorkerModelMixin",
+    "WorkerRefMixin",
+    "current_task",
+    "listen_events",
+    "task_failed",
+    "task_retried",
+    "task_started",
+    "task_succeeded",
+    "worker_started",
+    "worker_stopped",
+]

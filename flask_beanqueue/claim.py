@@ -1,0 +1,57 @@
+"""The claim: what a worker holds of a task while it runs."""
+
+from __future__ import annotations
+
+import contextvars
+import dataclasses
+import typing as t
+import uuid
+
+
+class ClaimLost(Exception):
+    """The task was given to another worker; nothing that this one wrote may be committed."""
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Claim:
+    """One claim of one task: the row's columns as the claim returned them."""
+
+    #: Where the row lies. It moves when the row is written, so it is a hint and never a proof.
+    ctid: str
+    id: uuid.UUID
+    #: How often the row has been claimed, this time included: the fence.
+    claims: int
+    channel: str
+    module: str
+    func_name: str
+    kwargs: dict[str, t.Any]
+    priority: int
+    #: Seconds since the epoch; together with the id, the place in the queue.
+    scheduled_at: float
+    attempts: int
+    crashes: int
+    #: Seconds for which workers have met this task without knowing its processor.
+    unknown_for: float | None
+    #: A transaction of ``db.session`` has reached the database.
+    began: bool = False
+    #: The session transaction, or savepoint, that has passed the fence with the task's outcome.
+    fenced_in: t.Any = None
+    #: That transaction is committed: there is no outcome left to write.
+    settled: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}.{self.func_name}"
+
+    def log_extra(self) -> dict[str, str]:
+        return {"task_id": str(self.id), "task_name": self.name, "task_channel": self.channel}
+
+
+#: The claim whose processor runs in this context.
+current_claim: contextvars.ContextVar[Claim] = contextvars.ContextVar("bq_claim")
+
+
+def current_task_id() -> uuid.UUID | None:
+    """The id of the task that runs in this context; the parent of those made meanwhile."""
+    claim = current_claim.get(None)
+    return None if claim is None else claim.id

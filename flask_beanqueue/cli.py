@@ -1,0 +1,241 @@
+"""The command line: ``flask bq …``."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import os
+import socket
+import threading
+import typing as t
+
+import click
+import sqlalchemy as sa
+from flask import Flask, current_app
+from flask.cli import AppGroup, with_appcontext
+from flask.logging import default_handler
+from werkzeug._reloader import run_with_reloader  # what Flask's own run command uses
+
+from .log import log
+from .processor import ArgumentError, import_packages
+from .supervisor import Supervisor
+from .worker import Worker, WorkerDied
+
+if t.TYPE_CHECKING:
+    from .extension import BeanQueue
+
+bq_cli = AppGroup("bq", help="Work on the task queue.")
+
+
+def current() -> tuple[Flask, BeanQueue]:
+    app = t.cast(t.Any, current_app)._get_current_object()
+    return app, app.extensions["beanqueue"]
+
+
+@bq_cli.command("worker")
+@click.argument("channels", nargs=-1, metavar="[CHANNEL]...")
+@click.option(
+    "-c",
+    "--concurrency",
+    type=click.IntRange(min=1),
+    help="Run N tasks at once, in threads.  [default: BQ_CONCURRENCY, or 4]",
+    metavar="N",
+)
+@click.option(
+    "-p",
+    "--processes",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Start N worker processes and replace those that die.",
+    metavar="N",
+)
+@click.option("--burst", is_flag=True, help="Leave when no task is due.")
+@click.option("--name", help="What the worker is called.  [default: HOST-PID]", metavar="NAME")
+@click.option("--reload", "reloads", is_flag=True, help="Start again when code changes.")
+@click.option("-v", "--verbose", is_flag=True, help="Log each task as it starts and ends.")
+def worker_command(
+    channels: tuple[str, ...],
+    concurrency: int | None,
+    processes: int,
+    burst: bool,
+    name: str | None,
+    reloads: bool,
+    verbose: bool,
+) -> None:
+    """Do the tasks that wait in the given channels.
+
+    Without a CHANNEL, do those of every channel that a processor of this app names. The worker
+    runs until it gets SIGTERM or SIGINT (Ctrl-C). It then claims no more, gives the running tasks
+    BQ_SHUTDOWN_TIMEOUT seconds to end, gives back what is left, and exits with 0. A second signal
+    makes it leave at once.
+
+    \b
+    Examples:
+      flask bq worker
+      flask bq worker images mails --concurrency 8
+      flask bq worker --processes 2 --burst
+    """
+    app, bq = current()
+    log_to_stderr(verbose)
+
+    def make(index: int = 0) -> Worker:
+        own = name or f"{socket.gethostname()}-{os.getpid()}"
+        if name and processes > 1:
+            own = f"{name}-{index + 1}"
+        try:
+            return bq.worker(channels, app=app, concurrency=concurrency, burst=burst, name=own)
+        except (RuntimeError, ValueError) as error:
+            raise click.ClickException(str(error)) from error
+
+    def run(worker: Worker) -> int:
+        try:
+            worker.run()
+        except WorkerDied as error:
+            log.error("%s", error)
+            return 1
+        return 0
+
+    def work(index: int) -> int:
+        forget_connections(app, bq)
+        return run(make(index))
+
+    with readable_errors():
+        if reloads:
+            if processes > 1:
+                raise click.UsageError("--reload works with one process.")
+            run_with_reloader(lambda: run(stopped_at_exit(make())))
+        elif processes > 1:
+            make()  # says what is wrong once, not once in each process
+            if code := Supervisor(work, processes).run():
+                raise click.exceptions.Exit(code)
+        elif code := run(make()):
+            raise click.exceptions.Exit(code)
+
+
+def stopped_at_exit(worker: Worker) -> Worker:
+    """The reloader ends the process from another thread: let the worker end first, so that its
+    tasks do not look as if they had crashed it."""
+    thread = threading.current_thread()
+
+    def stop() -> None:
+        worker.stop()
+        thread.join()
+
+    atexit.register(stop)
+    return worker
+
+
+def forget_connections(app: Flask, bq: BeanQueue) -> None:
+    """Connections do not survive a fork; they stay the parent's, who closes them."""
+    with app.app_context():
+        for engine in bq.db.engines.values():
+            engine.dispose(close=False)
+
+
+@bq_cli.command("create-tables")
+@with_appcontext
+def create_tables_command() -> None:
+    """Create the queue's tables, where they do not exist.
+
+    Apps that use Flask-Migrate do not need this: `flask db migrate` finds the tables with the
+    app's own.
+    """
+    app, bq = current()
+    engine = bq.engine(app)
+    with readable_errors():
+        inspector = sa.inspect(engine)
+        for table in bq.models.tables:
+            if inspector.has_table(table.name, schema=table.schema):
+                columns = {c["name"] for c in inspector.get_columns(table.name, table.schema)}
+                if missing := sorted({column.name for column in table.columns} - columns):
+                    raise click.ClickException(
+                        f"The table {table.fullname} exists, but has no column"
+                        f" {', '.join(missing)}. Change it with a migration (Flask-Migrate), or"
+                        " drop it if it holds nothing of worth."
+                    )
+                click.echo(f"{table.fullname} exists")
+        missing_tables = [
+            table
+            for table in bq.models.tables
+            if not inspector.has_table(table.name, schema=table.schema)
+        ]
+        bq.Task.__table__.metadata.create_all(engine, tables=missing_tables)
+        for table in missing_tables:
+            click.echo(f"{table.fullname} created")
+
+
+@bq_cli.command("submit")
+@click.argument("channel")
+@click.argument("module")
+@click.argument("func", metavar="FUNC")
+@click.option(
+    "-k",
+    "--kwargs",
+    default="{}",
+    help="The task's arguments, as a JSON object.  [default: {}]",
+    metavar="JSON",
+)
+@click.option(
+    "--priority", type=int, default=0, show_default=True, help="The smaller comes first."
+)
+@with_appcontext
+def submit_command(channel: str, module: str, func: str, kwargs: str, priority: int) -> None:
+    """Put a task into CHANNEL for the processor FUNC of MODULE, and print its id.
+
+    \b
+    Example:
+      flask bq submit images my_app.processors resize_image -k '{"width": 200}'
+    """
+    app, bq = current()
+    try:
+        arguments = json.loads(kwargs)
+    except ValueError as error:
+        raise click.BadParameter(f"This is not JSON: {error}.", param_hint="'--kwargs'") from None
+    if not isinstance(arguments, dict):
+        raise click.BadParameter(
+            'This is no JSON object, such as {"width": 200}.', param_hint="'--kwargs'"
+        )
+    import_packages(bq.config(app).PROCESSOR_PACKAGES)
+    processor = bq.registry.get(module, func)
+    if processor is None:
+        known = "".join(f"\n  {each.module} {each.func_name}" for each in bq.registry)
+        raise click.ClickException(
+            f"No processor {module} {func} is registered in this app."
+            + (f" There are:{known}" if known else " There is none at all.")
+            + "\nImport its module in the app factory, or name it in BQ_PROCESSOR_PACKAGES."
+        )
+    try:
+        task = processor.using(channel=channel, priority=priority).enqueue(**arguments)
+    except (ArgumentError, ValueError) as error:
+        raise click.ClickException(str(error)) from None
+    task_id = task.id
+    with readable_errors():
+        bq.db.session.commit()
+    click.echo(task_id)
+
+
+class readable_errors:
+    """Turns what commonly goes wrong with the database into a sentence."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: t.Any, error: BaseException | None, trace: t.Any) -> None:
+        if isinstance(error, sa.exc.ProgrammingError) and "does not exist" in str(error.orig):
+            first = str(error.orig).splitlines()[0]
+            raise click.ClickException(
+                f"{first}. Create the queue's tables with `flask bq create-tables`, or with a"
+                " migration."
+            ) from error
+        if isinstance(error, sa.exc.OperationalError):
+            raise click.ClickException(f"The database cannot be used: {error.orig}") from error
+
+
+def log_to_stderr(verbose: bool) -> None:
+    """Show the queue's log, unless the app has set logging up; the root logger is left alone."""
+    if log.level == logging.NOTSET or verbose:
+        log.setLevel(logging.DEBUG if verbose else logging.INFO)
+    if not log.hasHandlers():
+        log.addHandler(default_handler)

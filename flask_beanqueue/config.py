@@ -1,0 +1,153 @@
+"""The queue's settings: what they are called, what they hold, where they come from."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import types
+import typing as t
+import warnings
+
+PREFIX = "BQ_"
+
+
+class ConfigError(ValueError):
+    """A ``BQ_…`` setting holds something that the queue cannot use."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of one app's queue, from ``app.config["BQ_…"]``, else the environment, else here.
+
+    All durations are in seconds.
+    """
+
+    #: Packages to import, with their submodules, before a worker starts.
+    PROCESSOR_PACKAGES: list[str] = dataclasses.field(default_factory=list)
+    #: Most tasks that a worker claims with one statement.
+    BATCH_SIZE: int = 500
+    #: Threads that run tasks in one worker process.
+    CONCURRENCY: int = 4
+    #: Whether workers LISTEN. Turn it off where a pooler stands before the database.
+    LISTEN: bool = True
+    #: Whether new tasks NOTIFY.
+    NOTIFY: bool = True
+    #: Longest sleep of an idle worker; unset: 30 where it listens, 1 where it does not.
+    POLL_TIMEOUT: float | None = None
+    #: Time between two heartbeats of a worker.
+    WORKER_HEARTBEAT_PERIOD: float = 5.0
+    #: Silence after which a worker counts as dead. The same for all workers of a database.
+    WORKER_HEARTBEAT_TIMEOUT: float = 30.0
+    #: Time that running tasks have to end after SIGTERM.
+    SHUTDOWN_TIMEOUT: float = 25.0
+    #: Crashes after which a task is FAILED.
+    MAX_CRASHES: int = 3
+    #: How long a task waits for a worker that knows its processor.
+    UNKNOWN_GRACE: float = 600.0
+    #: Whether success is written as an Event, too. The task's row says it anyway.
+    SUCCESS_EVENTS: bool = False
+    #: Dotted names of own models, where the constructor did not get the classes.
+    TASK_MODEL: str | None = None
+    WORKER_MODEL: str | None = None
+    EVENT_MODEL: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("BATCH_SIZE", "CONCURRENCY", "MAX_CRASHES"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{PREFIX}{name} must be 1 or more.")
+        for name in ("WORKER_HEARTBEAT_PERIOD", "WORKER_HEARTBEAT_TIMEOUT"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"{PREFIX}{name} must be a number of seconds above 0.")
+        if self.POLL_TIMEOUT is not None and not 0 < self.POLL_TIMEOUT < float("inf"):
+            raise ConfigError(f"{PREFIX}POLL_TIMEOUT must be a number of seconds above 0, or unset.")
+        for name in ("SHUTDOWN_TIMEOUT", "UNKNOWN_GRACE"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{PREFIX}{name} must be a number of seconds, 0 or more.")
+        if self.WORKER_HEARTBEAT_TIMEOUT < 2 * self.WORKER_HEARTBEAT_PERIOD:
+            raise ConfigError(
+                f"{PREFIX}WORKER_HEARTBEAT_TIMEOUT ({self.WORKER_HEARTBEAT_TIMEOUT:g} s) must be at"
+                f" least twice {PREFIX}WORKER_HEARTBEAT_PERIOD ({self.WORKER_HEARTBEAT_PERIOD:g} s),"
+                " or a healthy worker would be declared dead."
+            )
+
+    @property
+    def poll_timeout(self) -> float:
+        """Longest sleep of an idle worker, in seconds."""
+        return self.POLL_TIMEOUT or (30.0 if self.LISTEN else 1.0)
+
+    @classmethod
+    def load(
+        cls, settings: t.Mapping[str, t.Any], environ: t.Mapping[str, str] = os.environ
+    ) -> Config:
+        """Read the settings of one app.
+
+        :param settings: ``app.config``.
+        :param environ: where to look for what ``settings`` does not name.
+        :raises ConfigError: for a value of the wrong type, by the setting's name.
+        """
+        hints = t.get_type_hints(cls)
+        values: dict[str, t.Any] = {}
+        for field in dataclasses.fields(cls):
+            name = PREFIX + field.name
+            if name in settings:
+                values[field.name] = check(name, settings[name], hints[field.name])
+            elif name in environ:
+                values[field.name] = parse(name, environ[name], hints[field.name])
+        known = [PREFIX + field.name for field in dataclasses.fields(cls)]
+        for name in {*settings, *environ} - {*known}:
+            if name.startswith(PREFIX) and (near := difflib.get_close_matches(name, known, 1, 0.8)):
+                warnings.warn(
+                    f"{name} is no setting of flask_beanqueue. Did you mean {near[0]}?",
+                    stacklevel=3,
+                )
+        return cls(**values)
+
+
+def check(name: str, value: t.Any, hint: t.Any) -> t.Any:
+    """Return a value from ``app.config`` if it has the type that the setting's hint names."""
+    kinds = t.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for kind in kinds:
+        if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if kind is int and isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if kind is types.NoneType and value is None:
+            return value
+        if kind in (str, bool) and isinstance(value, kind):
+            return value
+        if kind == list[str] and isinstance(value, (list, tuple)):
+            if all(isinstance(item, str) for item in value):
+                return list(value)
+    raise ConfigError(f"{name} must be {wanted(kinds)}, not {value!r}.")
+
+
+def parse(name: str, text: str, hint: t.Any) -> t.Any:
+    """Return the value that an environment variable's text stands for."""
+    kinds = t.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    value: t.Any = text
+    if bool in kinds:
+        value = {"1": True, "true": True, "on": True, "yes": True}.get(text.strip().lower())
+        if value is None:
+            value = {"0": False, "false": False, "off": False, "no": False}.get(
+                text.strip().lower(), text
+            )
+    elif str not in kinds:
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+    return check(name, value, hint)
+
+
+def wanted(kinds: t.Iterable[t.Any]) -> str:
+    words = {
+        int: "a whole number",
+        float: "a number of seconds",
+        bool: "true or false",
+        str: "text",
+        list[str]: 'a list of text (in the environment: JSON, such as ["my_app.tasks"])',
+        types.NoneType: "None",
+    }
+    return " or ".join(words[kind] for kind in kinds)

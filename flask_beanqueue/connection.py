@@ -1,0 +1,65 @@
+"""Connections of the queue's own, outside the pool that the processors share."""
+
+from __future__ import annotations
+
+import contextlib
+import typing as t
+import uuid
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
+
+from .queries import application_name
+
+
+def connect(engine: Engine) -> Connection:
+    """Open a connection in autocommit that does not count in the engine's pool, however busy it
+    is, but is made as the pool makes its own."""
+    connection = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+    try:
+        connection.detach()
+        # Autocommit follows the session's default, and a claim must see what was committed
+        # meanwhile. SET only where it is needed: a pooler may not keep it.
+        level = connection.scalar(sa.text("SELECT current_setting('default_transaction_isolation')"))
+        if level != "read committed":
+            connection.execute(
+                sa.text(
+                    "SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL READ COMMITTED"
+                )
+            )
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+@contextlib.contextmanager
+def transaction(connection: Connection) -> t.Iterator[None]:
+    """A transaction on a connection that is in autocommit otherwise."""
+    connection.commit()  # SQLAlchemy begins one in name, also where the driver does not
+    connection.execution_options(isolation_level="READ COMMITTED")
+    with connection.begin():
+        yield
+    connection.execution_options(isolation_level="AUTOCOMMIT")
+
+
+@contextlib.contextmanager
+def named(engines: t.Iterable[Engine], worker_id: uuid.UUID) -> t.Iterator[None]:
+    """Let all connections that the engines make carry the worker's name, so that another worker
+    can end them when this one is frozen."""
+    name = application_name(worker_id)
+
+    def do_connect(
+        dialect: t.Any, record: t.Any, args: list[t.Any], kwargs: dict[str, t.Any]
+    ) -> None:
+        kwargs["application_name"] = name
+
+    engines = [engine for engine in engines if engine.dialect.name == "postgresql"]
+    for engine in engines:
+        engine.dispose()  # what was connected before has no name
+        sa.event.listen(engine, "do_connect", do_connect)
+    try:
+        yield
+    finally:
+        for engine in engines:
+            sa.event.remove(engine, "do_connect", do_connect)

@@ -1,0 +1,423 @@
+"""The extension: wires a queue to Flask-SQLAlchemy and to apps."""
+
+from __future__ import annotations
+
+import importlib
+import typing as t
+import uuid
+import weakref
+
+import sqlalchemy as sa
+from flask import Flask, current_app, has_app_context
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy.engine import Engine
+from sqlalchemy.orm import Session
+
+from . import outcome as outcomes
+from .claim import Claim, current_claim, current_task_id
+from .config import PREFIX, Config, ConfigError
+from .executor import attach_task, listen_session
+from .models import PROCESSING, Models, make_models, uuid7
+from .notify import listen_events
+from .processor import Exceptions, Options, Processor, Registry, import_packages
+from .queries import Queries
+from .retry import RetryPolicy
+from .worker import Worker
+
+P = t.ParamSpec("P")
+Q = t.ParamSpec("Q")
+R = t.TypeVar("R")
+
+
+class TaskStateError(RuntimeError):
+    """A task cannot be ended from outside, since it is not waiting for that."""
+
+
+class BeanQueue:
+    """A task queue in the PostgreSQL of a Flask app.
+
+    :param app: an app whose Flask-SQLAlchemy is set up, if it is known already.
+    :param db: the Flask-SQLAlchemy extension. With it, or with ``app``, the models are there at
+        once; otherwise :meth:`init_app` makes them.
+    :param bind_key: the bind in which the queue's tables live, if not the default database.
+    :param task_model: an own model in place of ``bq.Task``, made with :class:`TaskModelMixin`;
+        likewise ``worker_model`` and ``event_model``.
+    """
+
+    def __init__(
+        self,
+        app: Flask | None = None,
+        db: SQLAlchemy | None = None,
+        *,
+        bind_key: str | None = None,
+        task_model: type[t.Any] | None = None,
+        worker_model: type[t.Any] | None = None,
+        event_model: type[t.Any] | None = None,
+    ) -> None:
+        if isinstance(app, SQLAlchemy):
+            raise TypeError("The first parameter of BeanQueue is the app. Write BeanQueue(db=db).")
+        self.registry = Registry()
+        self._bind_key = bind_key
+        self._own_models = {
+            "TASK_MODEL": task_model,
+            "WORKER_MODEL": worker_model,
+            "EVENT_MODEL": event_model,
+        }
+        self._db: SQLAlchemy | None = None
+        self._models: Models | None = None
+        self._queries: Queries | None = None
+        self._configs: weakref.WeakKeyDictionary[Flask, Config] = weakref.WeakKeyDictionary()
+        if db is not None:
+            self._use(db)
+            # With models still to come from the app's config, the rest waits for it.
+            if app is None:
+                self._make_models()
+        if app is not None:
+            self.init_app(app)
+
+    def init_app(self, app: Flask) -> None:
+        """Set an app up for the queue. Call it after ``db.init_app(app)``.
+
+        :raises RuntimeError: if the app has no Flask-SQLAlchemy or already has a BeanQueue, or its
+            database cannot carry the queue.
+        :raises ConfigError: if a ``BQ_…`` setting cannot be used.
+        """
+        if "beanqueue" in app.extensions:
+            raise RuntimeError(
+                "A BeanQueue is already registered on this app. Import and use that one, or drop"
+                " the second init_app: BeanQueue(app) calls it, too."
+            )
+        db = app.extensions.get("sqlalchemy")
+        if db is None:
+            raise RuntimeError(
+                "This app has no Flask-SQLAlchemy yet. Call db.init_app(app) before"
+                " bq.init_app(app); with BeanQueue(app), make SQLAlchemy(app) first."
+            )
+        self._use(db)
+        config = Config.load(app.config)
+        self._make_models(config)
+        self._configs[app] = config
+        check_engine(self.engine(app), self._bind_key)
+        if not config.NOTIFY:
+            self.engine(app).update_execution_options(bq_notify=False)
+        for name, value in vars(config).items():
+            app.config.setdefault(f"{PREFIX}{name}", value)
+        app.extensions["beanqueue"] = self
+
+        from .cli import bq_cli
+
+        app.cli.add_command(bq_cli)
+
+    def _use(self, db: SQLAlchemy) -> None:
+        if self._db is db:
+            return
+        if self._db is not None:
+            raise RuntimeError(
+                "This BeanQueue belongs to another SQLAlchemy() than the app's. Make a BeanQueue"
+                " for each."
+            )
+        if db.metadata.info.setdefault("beanqueue", self) is not self:
+            raise RuntimeError(
+                "This SQLAlchemy() has a BeanQueue already. One does for all apps: import it and"
+                " call its init_app."
+            )
+        self._db = db
+        listen_session(db, self)
+
+    def _make_models(self, config: Config | None = None) -> None:
+        own = dict(self._own_models)
+        if config is not None:
+            for setting, model in own.items():
+                if (name := getattr(config, setting)) is not None:
+                    own[setting] = load_model(f"{PREFIX}{setting}", name)
+                    if self._models is not None and own[setting] is not self._model(setting):
+                        raise ConfigError(
+                            f"{PREFIX}{setting} is {name}, but this BeanQueue has"
+                            f" {self._model(setting)!r} already. Give the class to the constructor,"
+                            " or make it as BeanQueue(), whose models wait for init_app."
+                        )
+        if self._models is None:
+            self._models = make_models(
+                self.db, self._bind_key, own["TASK_MODEL"], own["WORKER_MODEL"], own["EVENT_MODEL"]
+            )
+            listen_events(self._models.task)
+            self._queries = Queries(self._models)
+
+    def _model(self, setting: str) -> t.Any:
+        assert self._models is not None
+        return getattr(self._models, setting.removesuffix("_MODEL").lower())
+
+    # What it is bound to.
+
+    @property
+    def db(self) -> SQLAlchemy:
+        """The Flask-SQLAlchemy extension."""
+        if self._db is None:
+            raise RuntimeError(
+                "This BeanQueue does not know its database yet. Write BeanQueue(db=db), or use it"
+                " after bq.init_app(app)."
+            )
+        return self._db
+
+    @property
+    def models(self) -> Models:
+        if self._models is None:
+            raise RuntimeError(
+                "The models are made with the database, which this BeanQueue does not know yet."
+                " Write BeanQueue(db=db) to have them at once, or use them after bq.init_app(app)."
+            )
+        return self._models
+
+    @property
+    def Task(self) -> t.Any:
+        """The model of the tasks."""
+        return self.models.task
+
+    @property
+    def Worker(self) -> t.Any:
+        """The model of the workers."""
+        return self.models.worker
+
+    @property
+    def Event(self) -> t.Any:
+        """The model of the events."""
+        return self.models.event
+
+    @property
+    def queries(self) -> Queries:
+        assert self.models is not None and self._queries is not None
+        return self._queries
+
+    def config(self, app: Flask) -> Config:
+        """The settings of an app."""
+        try:
+            return self._configs[app]
+        except KeyError:
+            raise RuntimeError(
+                f"The app {app.name!r} is not set up for this BeanQueue. Call bq.init_app(app)."
+            ) from None
+
+    def engine(self, app: Flask) -> Engine:
+        """The engine of the database that holds an app's queue."""
+        bind_key = self.Task.__table__.metadata.info.get("bind_key")
+        with app.app_context():
+            engines = self.db.engines
+            if bind_key not in engines:
+                where = (
+                    "SQLALCHEMY_DATABASE_URI" if bind_key is None else f"SQLALCHEMY_BINDS[{bind_key!r}]"
+                )
+                raise RuntimeError(f"The queue lives in the bind {bind_key!r}: set {where}.")
+            return engines[bind_key]
+
+    # Processors and tasks.
+
+    def processor(
+        self,
+        channel: str = "default",
+        *,
+        retry_policy: RetryPolicy | None = None,
+        retry_exceptions: Exceptions | None = None,
+        auto_complete: bool = True,
+    ) -> t.Any:
+        """Make a function the processor of tasks.
+
+        Parameters called ``db``, ``task`` and ``savepoint`` are filled in by the worker: the
+        session, the ``bq.Task``, and a savepoint that is released when the function returns. All
+        others are the task's arguments.
+
+        :param channel: where its tasks wait.
+        :param retry_policy: says after which time a task that failed runs again; without one it is
+            FAILED at once.
+        :param retry_exceptions: the exceptions after which the policy is asked; all, unless said.
+        :param auto_complete: whether the task is DONE when the function returns. If not, it stays
+            PROCESSING until :meth:`complete` or :meth:`fail`.
+        """
+        if callable(channel):
+            raise TypeError('Write @bq.processor(channel="…"), or @bq.processor() for the default.')
+        options = Options(channel)
+
+        def decorate(func: t.Callable[..., t.Any]) -> Processor[t.Any, t.Any, t.Any]:
+            processor: Processor[t.Any, t.Any, t.Any] = Processor(
+                self,
+                func,
+                options,
+                retry_policy=retry_policy,
+                retry_exceptions=retry_exceptions,
+                auto_complete=auto_complete,
+            )
+            self.registry.add(processor)
+            return processor
+
+        return decorate
+
+    def injection(self, names: t.Iterable[str]) -> dict[str, t.Any]:
+        """The arguments that a processor is given beside its task's."""
+        claim = current_claim.get(None)
+        injected: dict[str, t.Any] = {}
+        for name in names:
+            if name == "db":
+                injected[name] = self.db.session()
+            elif name == "task":
+                injected[name] = None if claim is None else attach_task(self, claim)
+            else:
+                injected[name] = self.db.session.begin_nested()
+        return injected
+
+    def insert_many(
+        self, processor: Processor[t.Any, t.Any, t.Any], kwargs: t.Sequence[str]
+    ) -> list[uuid.UUID]:
+        """Insert tasks for a processor, their arguments given as JSON."""
+        ids = [uuid7() for _ in kwargs]
+        connection = self.db.session.connection(bind_arguments={"mapper": self.Task})
+        options = processor.options
+        parent_id = current_task_id()
+        self.queries.insert(
+            connection,
+            ids,
+            kwargs,
+            channel=options.channel,
+            module=processor.module,
+            func_name=processor.func_name,
+            priority=options.priority,
+            scheduled_at=options.scheduled_at,
+            delay=options.delay,
+            parent_id=parent_id and str(parent_id),
+            notify=connection.get_execution_options().get("bq_notify", True),
+        )
+        return ids
+
+    def complete(self, task_id: uuid.UUID, *, result: t.Any = None) -> None:
+        """End a task that ``auto_complete=False`` left PROCESSING: it is DONE.
+
+        It happens in ``db.session`` and takes effect with its commit.
+
+        :param result: kept in the task's row.
+        :raises LookupError: if there is no such task.
+        :raises TaskStateError: if the task has ended already, or its processor is still running.
+        """
+        self._end(task_id, lambda claim: outcomes.ended(claim, result=result))
+
+    def fail(self, task_id: uuid.UUID, *, error: str) -> None:
+        """End a task that ``auto_complete=False`` left PROCESSING: it is FAILED, for good.
+
+        It happens in ``db.session`` and takes effect with its commit.
+
+        :param error: the reason, kept in the task's row and an event.
+        :raises LookupError: if there is no such task.
+        :raises TaskStateError: if the task has ended already, or its processor is still running.
+        """
+        self._end(task_id, lambda claim: outcomes.ended(claim, error=error))
+
+    def _end(
+        self, task_id: uuid.UUID | str, decide: t.Callable[[Claim], outcomes.Outcome]
+    ) -> None:
+        task_id = task_id if isinstance(task_id, uuid.UUID) else uuid.UUID(task_id)
+        session: Session = self.db.session()
+        session.flush()
+        connection = session.connection(bind_arguments={"mapper": self.Task})
+        held = self.queries.held(connection, task_id)
+        if held is None:
+            raise LookupError(f"There is no task {task_id}.")
+        claim = current_claim.get(None)
+        own = claim is not None and claim.id == task_id
+        if held.state != PROCESSING:
+            raise TaskStateError(f"Task {task_id} is {held.state}; only a running one can be ended.")
+        if not (held.parked or own):
+            raise TaskStateError(
+                f"Task {task_id} is still with its worker. It can be ended once its processor has"
+                " returned; if a webhook came early, answer it with an error so that it comes again."
+            )
+        if claim is None or not own:
+            claim = Claim("", task_id, held.claims, held.channel, "", "", {}, 0, 0.0, 0, 0, None)
+        if not outcomes.write(self.queries, connection, [decide(claim)]):
+            raise TaskStateError(f"Task {task_id} was taken from this worker.")
+        claim.fenced_in = session.get_nested_transaction() or session.get_transaction()
+        task = session.identity_map.get(sa.orm.util.identity_key(self.Task, task_id))
+        if task is not None:
+            session.expire(task)
+
+    # Workers.
+
+    def process_tasks(
+        self,
+        channels: t.Sequence[str] = (),
+        *,
+        app: Flask | None = None,
+        concurrency: int | None = None,
+        burst: bool = False,
+        name: str | None = None,
+    ) -> None:
+        """Do tasks until SIGTERM or SIGINT: the loop behind ``flask bq worker``.
+
+        :param channels: whose tasks to do; every channel that a processor names, if none is given.
+        :param app: the app in whose contexts the tasks run; ``current_app``, unless given.
+        :param concurrency: tasks to run at once, in threads; ``BQ_CONCURRENCY``, unless given.
+        :param burst: return when no task is due.
+        :param name: what the worker is called; host and process id, unless given.
+        :raises WorkerDied: if another worker found this one dead.
+        """
+        self.worker(channels, app=app, concurrency=concurrency, burst=burst, name=name).run()
+
+    def worker(
+        self, channels: t.Sequence[str] = (), *, app: Flask | None = None, **options: t.Any
+    ) -> Worker:
+        """Make the worker that :meth:`process_tasks` runs, for who needs its ``stop()``."""
+        if app is None:
+            if not has_app_context():
+                raise RuntimeError("Give app=, or call this in an app context.")
+            app = t.cast(t.Any, current_app)._get_current_object()
+        assert app is not None
+        if isinstance(channels, str):
+            raise TypeError(f"channels is a sequence of names: write channels=({channels!r},).")
+        import_packages(self.config(app).PROCESSOR_PACKAGES)
+        channels = tuple(dict.fromkeys(channels)) or self.registry.channels
+        if not channels:
+            raise RuntimeError(
+                "There is nothing to work on: no channel was given, and no processor is registered."
+                " Import the modules of your processors in the app factory, or name them in"
+                " BQ_PROCESSOR_PACKAGES."
+            )
+        return Worker(app, self, channels, **options)
+
+
+def load_model(setting: str, name: str) -> type[t.Any]:
+    """Import a model by its dotted name.
+
+    :raises ConfigError: naming the setting.
+    """
+    module, _, attribute = name.rpartition(".")
+    try:
+        model = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{setting} names {name}, which cannot be imported: {error}") from error
+    return t.cast(type[t.Any], model)
+
+
+def check_engine(engine: Engine, bind_key: str | None) -> None:
+    """Refuse a database that cannot keep the queue's promises.
+
+    :raises RuntimeError: saying why.
+    """
+    if engine.dialect.name != "postgresql":
+        raise RuntimeError(
+            f"The queue needs PostgreSQL, but the database is {engine.dialect.name}. Set"
+            " SQLALCHEMY_DATABASE_URI to a postgresql+psycopg2:// URL, or name the bind that is"
+            " one with BeanQueue(bind_key=…)."
+        )
+    if engine.driver not in ("psycopg2", "psycopg"):
+        raise RuntimeError(
+            f"The queue works with psycopg2 and psycopg 3, not with {engine.driver}. Use a"
+            " postgresql+psycopg2:// or postgresql+psycopg:// URL."
+        )
+    levels = (
+        engine.get_execution_options().get("isolation_level"),
+        getattr(engine.dialect, "_on_connect_isolation_level", None),
+    )
+    if "AUTOCOMMIT" in levels:
+        raise RuntimeError(
+            "The engine is in AUTOCOMMIT, where a task and its data cannot be committed together."
+            " Take isolation_level out of SQLALCHEMY_ENGINE_OPTIONS."
+        )
+
+
+

@@ -1,0 +1,115 @@
+"""The heartbeat: tells that a worker lives, and takes over from those that do not."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+import typing as t
+import uuid
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
+
+from . import outcome as outcomes
+from .config import Config
+from .connection import connect, transaction
+from .log import log
+from .queries import Queries
+
+#: Tasks that are taken over in one transaction.
+TAKE_OVER_SIZE = 1000
+
+
+class Heartbeat(threading.Thread):
+    """A thread with a connection of its own, so that nothing that tasks do can hold it up.
+
+    :param on_death: called when the worker finds itself declared dead.
+    :param on_outcome: called for each task that has been taken over.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        queries: Queries,
+        config: Config,
+        worker_id: uuid.UUID,
+        *,
+        on_death: t.Callable[[], None],
+        on_outcome: t.Callable[[outcomes.Outcome], None],
+    ) -> None:
+        super().__init__(name="beanqueue-heartbeat", daemon=True)
+        self._engine = engine
+        self._queries = queries
+        self._config = config
+        self._worker_id = worker_id
+        self._on_death = on_death
+        self._on_outcome = on_outcome
+        self._stopped = threading.Event()
+        self._connection: Connection | None = None
+        self._last_beat = time.monotonic()
+        self._modest_until = 0.0
+        self._next_search = 0.0
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self.join(timeout=5)
+
+    def run(self) -> None:
+        failing = False
+        while True:
+            try:
+                if not self.beat():
+                    self._on_death()
+                    break
+                failing = False
+            except sa.exc.SQLAlchemyError as error:
+                if not failing:
+                    log.warning("The heartbeat fails, and goes on trying: %s", error)
+                failing = True
+                self.disconnect()
+            pause = min(1.0, self._config.WORKER_HEARTBEAT_PERIOD) if failing else None
+            if self._stopped.wait(pause or self._config.WORKER_HEARTBEAT_PERIOD):
+                break
+        self.disconnect()
+
+    def beat(self) -> bool:
+        """Beat once, bury who is silent, and take over what they held; False if this worker has
+        been buried itself."""
+        if self._connection is None:
+            self._connection = connect(self._engine)
+        timeout = self._config.WORKER_HEARTBEAT_TIMEOUT
+        now = time.monotonic()
+        alive, buried = self._queries.beat(
+            self._connection, self._worker_id, timeout, bury=now >= self._modest_until
+        )
+        if now - self._last_beat > timeout:
+            # The database was out of reach, perhaps for all workers: let the others beat first.
+            self._modest_until = now + timeout
+        self._last_beat = now
+        for worker_id, name in buried:
+            log.warning("Worker %s (%s) sent no heartbeat for %g s", name, worker_id, timeout)
+        if buried or now >= self._next_search:
+            self._next_search = now + timeout
+            self._queries.terminate(self._connection)
+            self.take_over(self._connection)
+        return alive
+
+    def take_over(self, connection: Connection) -> None:
+        """Make the tasks of dead workers wait again, or fail where they died too often."""
+        timeout = self._config.WORKER_HEARTBEAT_TIMEOUT
+        while not self._stopped.is_set():
+            with transaction(connection):
+                orphans = self._queries.orphans(connection, timeout, TAKE_OVER_SIZE)
+                crashed = [outcomes.crashed(claim, self._config.MAX_CRASHES) for claim in orphans]
+                written = outcomes.write(self._queries, connection, crashed) if crashed else []
+            for outcome in written:
+                self._on_outcome(outcome)
+            if len(orphans) < TAKE_OVER_SIZE:
+                break
+
+    def disconnect(self) -> None:
+        if self._connection is not None:
+            with contextlib.suppress(Exception):
+                self._connection.close()
+            self._connection = None

@@ -1,0 +1,7 @@
+"""The package's logger."""
+
+from __future__ import annotations
+
+import logging
+
+log = logging.getLogger("flask_beanqueue")

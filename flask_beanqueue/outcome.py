@@ -1,0 +1,247 @@
+"""The outcome of a claim: decided here, and written here with its event, nowhere else."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import traceback
+import typing as t
+import uuid
+
+from sqlalchemy.engine import Connection
+
+from . import signals
+from .claim import Claim
+from .log import log
+from .models import DONE, FAILED, PENDING, PROCESSING, uuid7
+from .processor import Processor, check_aware, to_json
+from .queries import Queries, Settlement, notify_name
+
+#: Seconds before a task whose processor nobody knew is offered again, at most.
+UNKNOWN_DELAY = 10.0
+#: Characters of an error message and of a traceback that are kept.
+MESSAGE_LENGTH = 2_000
+TRACEBACK_LENGTH = 100_000
+
+
+@dataclasses.dataclass(slots=True)
+class Outcome:
+    """What becomes of a claimed task."""
+
+    claim: Claim
+    state: str
+    #: The type of the event to write, if any.
+    event: str | None = None
+    #: As JSON.
+    result: str | None = None
+    error_message: str | None = None
+    traceback: str | None = None
+    attempts: int = 0
+    crashes: int = 0
+    parked: bool = False
+    unknown: bool = False
+    #: When a task that is PENDING again is due: in seconds from now, or at a time.
+    delay: float | None = None
+    scheduled_at: datetime.datetime | None = None
+
+    def settlement(self) -> Settlement:
+        return {
+            "id": str(self.claim.id),
+            "claims": self.claim.claims,
+            "state": self.state,
+            "result": self.result,
+            "error_message": self.error_message,
+            "attempts": self.attempts,
+            "crashes": self.crashes,
+            "parked": self.parked,
+            "unknown": self.unknown,
+            "delay": self.delay,
+            "scheduled_at": self.scheduled_at and self.scheduled_at.isoformat(),
+            "channel": notify_name(self.claim.channel),
+            "event_id": str(uuid7()) if self.event else None,
+            "event": self.event,
+            "traceback": self.traceback,
+        }
+
+
+# What can become of a task.
+
+
+def succeeded(claim: Claim, result: t.Any, *, event: bool) -> Outcome:
+    """The processor returned, and that ends the task."""
+    return Outcome(
+        claim, DONE, "DONE" if event else None, result=storable(claim, result), attempts=1
+    )
+
+
+def parked(claim: Claim, result: t.Any) -> Outcome:
+    """The processor returned, and something else will end the task."""
+    return Outcome(claim, PROCESSING, result=storable(claim, result), attempts=1, parked=True)
+
+
+def failed(
+    claim: Claim,
+    error: BaseException,
+    processor: Processor[t.Any, t.Any, t.Any],
+    task: t.Any,
+) -> Outcome:
+    """The processor raised: try again, if its policy says so.
+
+    :param task: what the policy is asked about.
+    """
+    outcome = Outcome(
+        claim,
+        FAILED,
+        "FAILED",
+        error_message=describe(error),
+        traceback=storable_text(trace(error), TRACEBACK_LENGTH),
+        attempts=1,
+    )
+    if processor.retry_policy is None or not isinstance(error, processor.retry_exceptions):
+        return outcome
+    try:
+        verdict = processor.retry_policy(task)
+        if isinstance(verdict, datetime.timedelta):
+            # now() + delay must stay a date that Python can read.
+            outcome.delay = min(max(verdict.total_seconds(), 0.0), 100 * 365 * 86400.0)
+        elif verdict is not None:
+            check_aware("The time that a retry policy answers", verdict)
+            outcome.scheduled_at = verdict
+    except Exception:
+        log.exception("The retry policy of %s raised", claim.name, extra=claim.log_extra())
+        return outcome
+    if verdict is not None:
+        outcome.state, outcome.event = PENDING, "RETRIED"
+    return outcome
+
+
+def crashed(claim: Claim, maximum: int) -> Outcome:
+    """The worker died with the task in its hands."""
+    crashes = claim.crashes + 1
+    if crashes < maximum:
+        message = f"Its worker died ({crashes} of {maximum} times)."
+        return Outcome(claim, PENDING, "CRASHED", error_message=message, crashes=1)
+    message = f"Its worker died {crashes} times while it held this task. It will not be run again."
+    return Outcome(claim, FAILED, "CRASHED", error_message=message, crashes=1)
+
+
+def unknown(claim: Claim, known: int, grace: float) -> Outcome:
+    """This worker has no such processor; another one may, in the middle of a deploy."""
+    message = (
+        f"No processor {claim.name} is registered in this worker, which knows {known}."
+        " Is its module imported by the app or named in BQ_PROCESSOR_PACKAGES?"
+    )
+    waited = claim.unknown_for
+    if waited is not None and waited >= grace:
+        message += f" No worker knew it for {waited:.0f} seconds (BQ_UNKNOWN_GRACE)."
+        return Outcome(claim, FAILED, "FAILED", error_message=message)
+    delay = min(UNKNOWN_DELAY, grace - (waited or 0.0))
+    event = "UNKNOWN" if waited is None else None
+    return Outcome(claim, PENDING, event, error_message=message, unknown=True, delay=delay)
+
+
+def given_back(claim: Claim) -> Outcome:
+    """The task has not run, or its worker leaves: as if it had not been claimed."""
+    return Outcome(claim, PENDING)
+
+
+def ended(claim: Claim, *, result: t.Any = None, error: str | None = None) -> Outcome:
+    """Something outside its worker ends a parked task."""
+    if error is None:
+        return Outcome(claim, DONE, result=to_json(result) if result is not None else None)
+    return Outcome(claim, FAILED, "FAILED", error_message=storable_text(error, MESSAGE_LENGTH))
+
+
+# How it is written.
+
+
+def write(
+    queries: Queries, connection: Connection, outcomes: t.Sequence[Outcome]
+) -> list[Outcome]:
+    """Write outcomes, each fenced by its claim, and return those that were written.
+
+    The rest has been claimed by somebody else, cancelled or deleted in the meantime: whatever
+    belongs to it must not be committed.
+    """
+    plain = [outcome for outcome in outcomes if outcome.state == DONE and not outcome.event]
+    written: set[uuid.UUID] = set()
+    if plain:
+        written = queries.finish(connection, [(each.claim, each.result) for each in plain])
+    # A row that is no longer where the claim left it is looked for by its id.
+    rest = [outcome for outcome in outcomes if outcome.claim.id not in written]
+    if rest:
+        written |= queries.settle(connection, [outcome.settlement() for outcome in rest])
+    return [outcome for outcome in outcomes if outcome.claim.id in written]
+
+
+def announce(app: t.Any, outcome: Outcome, task: t.Callable[[], t.Any]) -> None:
+    """Log an outcome and send its signal, once it is committed.
+
+    :param task: makes the task for the receivers, if there are any.
+    """
+    claim, extra = outcome.claim, outcome.claim.log_extra()
+    if outcome.state == DONE:
+        log.debug("%s is done", claim.name, extra=extra)
+        signal = signals.task_succeeded
+    elif outcome.state == FAILED:
+        log.error("%s failed: %s", claim.name, outcome.error_message, extra=extra)
+        signal = signals.task_failed
+    elif outcome.event == "RETRIED":
+        log.warning("%s will be retried: %s", claim.name, outcome.error_message, extra=extra)
+        signal = signals.task_retried
+    else:
+        if outcome.error_message:
+            log.warning("%s waits again: %s", claim.name, outcome.error_message, extra=extra)
+        return
+    if signal.receivers:
+        error = {} if outcome.state == DONE else {"error": outcome.error_message}
+        signals.send(signal, app, task=task(), **error)
+
+
+def lost(claim: Claim) -> None:
+    """Log that a claim is no longer this worker's."""
+    log.warning(
+        "%s was taken from this worker meanwhile; what it wrote is rolled back",
+        claim.name,
+        extra=claim.log_extra(),
+    )
+
+
+# Nothing that a task returns or raises may keep its outcome from being written.
+
+
+def storable(claim: Claim, result: t.Any) -> str | None:
+    """A processor's result as JSON, or None if there is none or it cannot be stored."""
+    if result is None:
+        return None
+    try:
+        return to_json(result)
+    except Exception as error:
+        log.warning("The result of %s is not stored: %s", claim.name, error, extra=claim.log_extra())
+        return None
+
+
+def storable_text(text: str, length: int) -> str:
+    """Text that PostgreSQL takes, shortened in its middle."""
+    text = text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
+    if len(text) <= length:
+        return text
+    return f"{text[: length // 2]}\n… {len(text) - length} characters …\n{text[-(length // 2) :]}"
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line, also if its own ``__str__`` raises."""
+    kind = type(error).__name__
+    try:
+        text = str(error)
+    except BaseException as unprintable:
+        text = f"(its message cannot be read: {type(unprintable).__name__})"
+    return storable_text(f"{kind}: {text}" if text else kind, MESSAGE_LENGTH)
+
+
+def trace(error: BaseException) -> str:
+    try:
+        return "".join(traceback.format_exception(error))
+    except BaseException as unprintable:
+        frames = "".join(traceback.format_tb(error.__traceback__))
+        return f"{frames}{describe(error)} ({type(unprintable).__name__} while it was formatted)"

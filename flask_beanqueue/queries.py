@@ -1,0 +1,512 @@
+"""All SQL of the queue, side by side, each statement with the reason for its shape."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import typing as t
+import uuid
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.engine import Connection
+
+from .claim import Claim
+from .models import Models
+
+#: Before every id, for a look from the front.
+NIL = uuid.UUID(int=0)
+FRONT = float("-inf")
+
+
+@dataclasses.dataclass(slots=True)
+class Level:
+    """One channel and priority, and the place in its queue where the last claim stopped."""
+
+    channel: str
+    priority: int
+    at: float = FRONT
+    id: uuid.UUID = NIL
+    #: Where the mark was before it went back to the front.
+    passed: tuple[float, uuid.UUID] | None = None
+
+    @property
+    def mark(self) -> tuple[float, uuid.UUID]:
+        return self.at, self.id
+
+    @mark.setter
+    def mark(self, mark: tuple[float, uuid.UUID]) -> None:
+        self.at, self.id = mark
+
+    def go_back(self, front: Front) -> None:
+        """Let the next claim start at a task that the mark has passed."""
+        self.passed = max(self.mark, self.passed or self.mark)
+        self.mark = (front.at, NIL)
+
+    def return_(self) -> None:
+        """There is nothing left behind the old mark: go on from there."""
+        if self.passed is not None:
+            self.mark = max(self.mark, self.passed)
+            self.passed = None
+
+
+@dataclasses.dataclass(slots=True)
+class Front:
+    """The first waiting task of a level."""
+
+    channel: str
+    priority: int
+    at: float
+    id: uuid.UUID
+    #: Seconds until it is due; not above 0 if it is.
+    due_in: float
+
+
+class Look(t.NamedTuple):
+    """What a look from the front found."""
+
+    fronts: list[Front]
+    #: Seconds until the next task falls due that is not due yet.
+    next_due: float | None
+    #: Whether a task is due that must run alone.
+    suspects: bool
+
+
+#: What a statement that ends or gives back a task needs to know, as JSON.
+class Settlement(t.TypedDict):
+    id: str
+    claims: int
+    state: str
+    result: str | None
+    error_message: str | None
+    attempts: int
+    crashes: int
+    parked: bool
+    unknown: bool
+    delay: float | None
+    scheduled_at: str | None
+    channel: str
+    event_id: str | None
+    event: str | None
+    traceback: str | None
+
+
+def notify_name(channel: str) -> str:
+    """The name to NOTIFY and LISTEN for a channel: itself, or a digest where it is too long.
+
+    PostgreSQL takes names of at most 63 bytes.
+    """
+    if len(channel.encode("utf-8", "surrogatepass")) < 64:
+        return channel
+    return "bq_" + hashlib.sha256(channel.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+class Queries:
+    """The statements for one set of models."""
+
+    def __init__(self, models: Models) -> None:
+        self.models = models
+        quote = postgresql.dialect().identifier_preparer.format_table  # type: ignore[no-untyped-call]
+        self._names = {
+            "tasks": quote(models.task.__table__),
+            "workers": quote(models.worker.__table__),
+            "events": quote(models.event.__table__),
+        }
+        has_parent = "parent_id" in models.task.__table__.c
+
+        # A claim is one statement in autocommit: one round trip, and no transaction that a frozen
+        # worker could hold open. The inner part walks the levels in turn and stops at the limit;
+        # LATERAL gives each level both ends of its range in the index, so that neither what was
+        # claimed before (dead entries behind the mark) nor what is scheduled for later is read.
+        # NO KEY: rows that an open transaction refers to by foreign key are not skipped. The rows
+        # are found again by ctid, which costs no index. Tasks that were in a crash are left out,
+        # see claim_suspect. A row that was touched between the two parts comes back as nothing,
+        # so zero rows do not prove an empty queue.
+        self._claim = self._returning_claims("""
+            UPDATE {tasks} SET state = 'PROCESSING', worker_id = :worker_id,
+                claims = claims + 1, started_at = now()
+            WHERE ctid = ANY (ARRAY(
+                SELECT picked.ctid
+                FROM unnest(
+                    CAST(:channels AS text[]), CAST(:priorities AS int[]),
+                    CAST(:ats AS float8[]), CAST(:ids AS uuid[])
+                ) AS level (channel, priority, at, id)
+                CROSS JOIN LATERAL (
+                    SELECT t.ctid FROM {tasks} AS t
+                    WHERE t.state = 'PENDING'
+                      AND t.channel = level.channel AND t.priority = level.priority
+                      AND (t.scheduled_at, t.id) > (to_timestamp(level.at), level.id)
+                      AND t.scheduled_at <= now() AND t.crashes = 0
+                    ORDER BY t.scheduled_at, t.id LIMIT :limit
+                    FOR NO KEY UPDATE SKIP LOCKED
+                ) AS picked
+                LIMIT :limit
+            ))
+        """)
+
+        self._names["suspects"] = """FROM {tasks} AS t
+            WHERE t.state = 'PENDING' AND t.crashes > 0
+              AND t.channel = ANY (CAST(:channels AS text[])) AND t.scheduled_at <= now()
+              AND NOT EXISTS (
+                SELECT FROM {tasks} AS other
+                WHERE other.state = 'PROCESSING' AND other.crashes > 0
+                  AND other.channel = t.channel AND NOT other.parked)
+        """.format(**self._names)
+
+        # A task that was in a crash is claimed and run alone. One worker at a time is so occupied
+        # in a channel, however many tasks a crash left, so that the rest goes on meanwhile.
+        self._claim_suspect = self._returning_claims("""
+            UPDATE {tasks} SET state = 'PROCESSING', worker_id = :worker_id,
+                claims = claims + 1, started_at = now()
+            WHERE ctid = ANY (ARRAY(
+                SELECT t.ctid {suspects}
+                ORDER BY t.scheduled_at, t.id LIMIT 1
+                FOR NO KEY UPDATE SKIP LOCKED
+            ))
+        """)
+
+        # The look from the front: the first waiting row of each channel and priority, by hopping
+        # through the index from one to the next (a loose index scan), and when the next task
+        # falls due. It wades through the dead entries that the claims left, so it is not for
+        # every turn.
+        self._look = self._text("""
+            SELECT front.channel, front.priority,
+                CAST(extract(epoch FROM front.scheduled_at) AS float8) AS at, front.id,
+                CAST(extract(epoch FROM front.scheduled_at - now()) AS float8) AS due_in,
+                CAST(extract(epoch FROM next.scheduled_at - now()) AS float8) AS next_due
+            FROM unnest(CAST(:channels AS text[])) AS wanted (channel)
+            CROSS JOIN LATERAL (
+                WITH RECURSIVE front AS (
+                    (SELECT channel, priority, scheduled_at, id FROM {tasks}
+                     WHERE state = 'PENDING' AND channel = wanted.channel
+                     ORDER BY priority, scheduled_at, id LIMIT 1)
+                    UNION ALL
+                    SELECT later.* FROM front CROSS JOIN LATERAL (
+                        SELECT channel, priority, scheduled_at, id FROM {tasks}
+                        WHERE state = 'PENDING' AND channel = wanted.channel
+                          AND priority > front.priority
+                        ORDER BY priority, scheduled_at, id LIMIT 1
+                    ) AS later
+                )
+                SELECT * FROM front
+            ) AS front
+            LEFT JOIN LATERAL (
+                SELECT scheduled_at FROM {tasks}
+                WHERE state = 'PENDING' AND channel = front.channel AND priority = front.priority
+                  AND scheduled_at > now()
+                ORDER BY scheduled_at LIMIT 1
+            ) AS next ON true
+        """).columns(id=postgresql.UUID(as_uuid=True))
+
+        self._suspects = self._text("""
+            SELECT EXISTS (SELECT {suspects})
+        """)
+
+        # The fence of many tasks at once. The rows are found by the ctid that the claim returned:
+        # by id, every version that a row has had since the last vacuum would be visited. The id
+        # and claims prove that it is the row meant. The state is compared as an expression,
+        # because a plain comparison lets the planner choose the index of PROCESSING rows, which
+        # is as full of dead entries as the other.
+        self._finish = self._text("""
+            UPDATE {tasks} AS t SET state = 'DONE', attempts = t.attempts + 1,
+                result = COALESCE(CAST(done.result AS jsonb), t.result), error_message = NULL,
+                unknown_since = NULL, finished_at = now()
+            FROM unnest(
+                CAST(:ctids AS tid[]), CAST(:ids AS uuid[]), CAST(:claims AS int[]),
+                CAST(:results AS text[])
+            ) AS done (ctid, id, claims, result)
+            WHERE t.ctid = ANY (CAST(:ctids AS tid[])) AND t.ctid = done.ctid
+              AND t.id = done.id AND t.claims = done.claims AND t.state || '' = 'PROCESSING'
+            RETURNING t.id
+        """).columns(id=postgresql.UUID(as_uuid=True))
+
+        # Every other outcome, with its event and, where the task waits again, its NOTIFY. By id,
+        # for these are few; and as JSON, for they have many parts. It is also the second chance of
+        # a row that has moved since its claim.
+        self._settle = self._text("""
+            WITH outcome AS MATERIALIZED (
+                SELECT * FROM jsonb_to_recordset(CAST(:outcomes AS jsonb)) AS outcome (
+                    id uuid, claims int, state text, result text, error_message text,
+                    attempts int, crashes int, parked bool, unknown bool, delay float8,
+                    scheduled_at timestamptz, channel text,
+                    event_id uuid, event text, traceback text)
+            ), settled AS (
+                UPDATE {tasks} AS t SET state = outcome.state,
+                    result = COALESCE(CAST(outcome.result AS jsonb), t.result),
+                    error_message = outcome.error_message,
+                    attempts = t.attempts + outcome.attempts,
+                    crashes = t.crashes + outcome.crashes,
+                    parked = outcome.parked,
+                    unknown_since = CASE WHEN outcome.unknown
+                        THEN COALESCE(t.unknown_since, now()) END,
+                    worker_id = CASE WHEN outcome.state IN ('PENDING', 'PROCESSING')
+                        THEN NULL ELSE t.worker_id END,
+                    scheduled_at = CASE WHEN outcome.state = 'PENDING' THEN COALESCE(
+                        outcome.scheduled_at, now() + outcome.delay * interval '1 second',
+                        t.scheduled_at) ELSE t.scheduled_at END,
+                    finished_at = CASE WHEN outcome.state NOT IN ('PENDING', 'PROCESSING')
+                        THEN now() END
+                FROM outcome
+                WHERE t.id = outcome.id AND t.claims = outcome.claims AND t.state = 'PROCESSING'
+                RETURNING t.id, t.state, t.scheduled_at, t.error_message,
+                    outcome.channel, outcome.event_id, outcome.event, outcome.traceback
+            ), written AS (
+                INSERT INTO {events}
+                    (id, task_id, type, error_message, traceback, scheduled_at, created_at)
+                SELECT event_id, id, event, error_message, traceback,
+                    CASE WHEN state = 'PENDING' THEN scheduled_at END, now()
+                FROM settled WHERE event IS NOT NULL
+            ), notified AS (
+                SELECT count(pg_notify(channel, '')) AS channels
+                FROM (SELECT DISTINCT channel FROM settled WHERE state = 'PENDING') AS waiting
+            )
+            SELECT id FROM settled CROSS JOIN notified
+        """).columns(id=postgresql.UUID(as_uuid=True))
+
+        # The fence of a commit that is not the task's last, and of one whose processor set the
+        # task's state itself: the row stays locked until that commit, so that take-over cannot
+        # come between.
+        self._hold = self._text("""
+            SELECT state FROM {tasks} WHERE id = :id AND claims = :claims FOR NO KEY UPDATE
+        """)
+
+        # What a call from outside needs to know of a task that it ends.
+        self._held = self._text("""
+            SELECT state, claims, parked, channel FROM {tasks} WHERE id = :id FOR NO KEY UPDATE
+        """)
+
+        self._notify = self._text("SELECT pg_notify(:channel, '')")
+
+        # Many tasks in one statement, their NOTIFY included.
+        self._insert = self._text(f"""
+            WITH made AS (
+                INSERT INTO {{tasks}} (id, channel, module, func_name, kwargs, priority,
+                    scheduled_at{", parent_id" if has_parent else ""})
+                SELECT id, :channel, :module, :func_name, CAST(kwargs AS jsonb), :priority,
+                    COALESCE(CAST(:scheduled_at AS timestamptz),
+                        clock_timestamp() + CAST(:delay AS interval), now())
+                    {", CAST(:parent_id AS uuid)" if has_parent else ""}
+                FROM unnest(CAST(:ids AS uuid[]), CAST(:kwargs AS text[])) AS new (id, kwargs)
+            )
+            SELECT CASE WHEN :notify THEN CAST(pg_notify(:notify_name, '') AS text) END
+        """)
+
+        self._add_worker = self._text("""
+            INSERT INTO {workers} (id, state, name, channels, last_heartbeat, created_at)
+            VALUES (:id, 'RUNNING', :name, CAST(:channels AS text[]), now(), now())
+        """)
+
+        # The heartbeat, and with it the search for those who have none: one statement in
+        # autocommit, so that a worker that freezes in it holds no lock afterwards.
+        self._beat = self._text("""
+            WITH beat AS (
+                UPDATE {workers} SET last_heartbeat = now()
+                WHERE id = :id AND state = 'RUNNING' RETURNING id
+            ), buried AS (
+                UPDATE {workers} SET state = 'NO_HEARTBEAT'
+                WHERE id IN (
+                    SELECT id FROM {workers}
+                    WHERE :bury AND state = 'RUNNING' AND id <> :id
+                      AND last_heartbeat < now() - CAST(:timeout AS float8) * interval '1 second'
+                    FOR NO KEY UPDATE SKIP LOCKED)
+                RETURNING id, name
+            )
+            SELECT true AS own, id, '' AS name FROM beat
+            UNION ALL SELECT false, id, name FROM buried
+        """).columns(id=postgresql.UUID(as_uuid=True))
+
+        self._retire = self._text("""
+            UPDATE {workers} SET state = 'SHUTDOWN' WHERE id = :id AND state = 'RUNNING'
+        """)
+
+        # A frozen worker still holds locks on what it flushed. Its process has given the name to
+        # its connections; PostgreSQL allows ending backends of one's own role.
+        self._terminate = self._text("""
+            SELECT pg_terminate_backend(backend.pid, 1000)
+            FROM pg_stat_activity AS backend
+            JOIN {workers} AS w ON backend.application_name = :prefix || CAST(w.id AS text)
+            WHERE w.state = 'NO_HEARTBEAT' AND backend.usename = current_user
+        """)
+
+        # Every task that a worker should be doing and none is. The locks are kept until the
+        # outcome is written in the same transaction; what somebody else has locked comes next
+        # time.
+        self._orphans = self._returning_claims("""
+            SELECT {claim} FROM {tasks} AS t
+            WHERE state = 'PROCESSING' AND NOT parked AND NOT EXISTS (
+                SELECT FROM {workers} AS w WHERE w.id = t.worker_id AND w.state = 'RUNNING'
+                  AND w.last_heartbeat >= now() - CAST(:timeout AS float8) * interval '1 second')
+            LIMIT :limit FOR NO KEY UPDATE SKIP LOCKED
+        """)
+
+        # What a worker holds as the database sees it: after a lost connection, a claim may have
+        # been committed whose answer never came.
+        self._mine = self._returning_claims("""
+            SELECT {claim} FROM {tasks}
+            WHERE state = 'PROCESSING' AND NOT parked AND worker_id = :worker_id
+        """)
+
+    def _text(self, sql: str) -> sa.TextClause:
+        return sa.text(sql.format(**self._names))
+
+    def _returning_claims(self, sql: str) -> t.Any:
+        """A statement whose rows make up claims."""
+        columns = """ctid, id, claims, channel, module, func_name, kwargs, priority,
+            CAST(extract(epoch FROM scheduled_at) AS float8) AS scheduled_at, attempts, crashes,
+            CAST(extract(epoch FROM now() - unknown_since) AS float8) AS unknown_for"""
+        columns = columns.replace("ctid", "CAST(ctid AS text) AS ctid", 1)
+        if "{claim}" not in sql:
+            sql = f"{sql} RETURNING {{claim}}"
+        return sa.text(sql.format(claim=columns, **self._names)).columns(
+            id=postgresql.UUID(as_uuid=True), kwargs=postgresql.JSONB
+        )
+
+    # What the worker asks.
+
+    def claim(
+        self, connection: Connection, worker_id: uuid.UUID, levels: t.Sequence[Level], limit: int
+    ) -> list[Claim]:
+        """Claim up to ``limit`` due tasks behind the levels' marks, in the queue's order."""
+        rows = connection.execute(
+            self._claim,
+            {
+                "worker_id": worker_id,
+                "channels": [level.channel for level in levels],
+                "priorities": [level.priority for level in levels],
+                "ats": [level.at for level in levels],
+                "ids": [str(level.id) for level in levels],
+                "limit": limit,
+            },
+        )
+        claims = [Claim(*row) for row in rows]
+        claims.sort(key=lambda claim: (claim.priority, claim.scheduled_at, claim.id))
+        return claims
+
+    def claim_suspect(
+        self, connection: Connection, worker_id: uuid.UUID, channels: t.Sequence[str]
+    ) -> Claim | None:
+        """Claim one due task that was in a crash, unless another such task runs."""
+        row = connection.execute(
+            self._claim_suspect, {"worker_id": worker_id, "channels": list(channels)}
+        ).first()
+        return None if row is None else Claim(*row)
+
+    def look(self, connection: Connection, channels: t.Sequence[str]) -> Look:
+        """Look from the front of the channels' queues."""
+        rows = connection.execute(self._look, {"channels": list(channels)}).all()
+        suspects = connection.execute(self._suspects, {"channels": list(channels)}).scalar_one()
+        return Look(
+            [Front(row.channel, row.priority, row.at, row.id, row.due_in) for row in rows],
+            min((row.next_due for row in rows if row.next_due is not None), default=None),
+            suspects,
+        )
+
+    def finish(
+        self, connection: Connection, done: t.Sequence[tuple[Claim, str | None]]
+    ) -> set[uuid.UUID]:
+        """Mark claimed tasks DONE, each with its result as JSON.
+
+        :return: the ids of those whose row was still where it was, and still claimed.
+        """
+        rows = connection.execute(
+            self._finish,
+            {
+                "ctids": [claim.ctid for claim, _ in done],
+                "ids": [str(claim.id) for claim, _ in done],
+                "claims": [claim.claims for claim, _ in done],
+                "results": [result for _, result in done],
+            },
+        )
+        return {row.id for row in rows}
+
+    def settle(
+        self, connection: Connection, outcomes: t.Sequence[Settlement]
+    ) -> set[uuid.UUID]:
+        """Write outcomes with their events.
+
+        :return: the ids of the tasks that were still claimed.
+        """
+        rows = connection.execute(self._settle, {"outcomes": json.dumps(outcomes)})
+        return {row.id for row in rows}
+
+    def hold(self, connection: Connection, claim: Claim) -> str | None:
+        """Lock a claimed task's row until the commit, and return its state; None if it is not
+        this claim's any more."""
+        row = connection.execute(self._hold, {"id": claim.id, "claims": claim.claims}).first()
+        return None if row is None else row.state
+
+    def held(self, connection: Connection, task_id: uuid.UUID) -> t.Any:
+        """Lock a task's row, and return its state, claims, parked and channel."""
+        return connection.execute(self._held, {"id": task_id}).first()
+
+    # What an app asks.
+
+    def notify(self, connection: Connection, channel: str) -> None:
+        """Wake the channel's workers when the connection's transaction commits."""
+        connection.execute(self._notify, {"channel": notify_name(channel)})
+
+    def insert(
+        self,
+        connection: Connection,
+        ids: t.Sequence[uuid.UUID],
+        kwargs: t.Sequence[str],
+        *,
+        notify: bool,
+        **columns: t.Any,
+    ) -> None:
+        """Insert tasks that differ in their arguments, given as JSON."""
+        connection.execute(
+            self._insert,
+            {
+                "ids": [str(id) for id in ids],
+                "kwargs": list(kwargs),
+                "notify": notify,
+                "notify_name": notify_name(columns["channel"]),
+                **columns,
+            },
+        )
+
+    # The workers' life.
+
+    def add_worker(
+        self, connection: Connection, worker_id: uuid.UUID, name: str, channels: t.Sequence[str]
+    ) -> None:
+        connection.execute(
+            self._add_worker, {"id": worker_id, "name": name, "channels": list(channels)}
+        )
+
+    def beat(
+        self, connection: Connection, worker_id: uuid.UUID, timeout: float, *, bury: bool
+    ) -> tuple[bool, list[tuple[uuid.UUID, str]]]:
+        """Tell that a worker lives, and declare those dead that were silent for ``timeout``
+        seconds.
+
+        :return: whether the worker itself still counts as alive; ids and names of the dead.
+        """
+        rows = connection.execute(
+            self._beat, {"id": worker_id, "timeout": timeout, "bury": bury}
+        ).all()
+        return any(row.own for row in rows), [(row.id, row.name) for row in rows if not row.own]
+
+    def retire(self, connection: Connection, worker_id: uuid.UUID) -> None:
+        """Mark a worker as shut down."""
+        connection.execute(self._retire, {"id": worker_id})
+
+    def terminate(self, connection: Connection) -> int:
+        """End the backends of dead workers, and with them their locks; return how many."""
+        return len(connection.execute(self._terminate, {"prefix": application_name("")}).all())
+
+    def orphans(self, connection: Connection, timeout: float, limit: int = 1000) -> list[Claim]:
+        """Lock tasks that are PROCESSING for no living worker."""
+        rows = connection.execute(self._orphans, {"timeout": timeout, "limit": limit})
+        return [Claim(*row) for row in rows]
+
+    def mine(self, connection: Connection, worker_id: uuid.UUID) -> list[Claim]:
+        """Return what a worker has claimed."""
+        return [Claim(*row) for row in connection.execute(self._mine, {"worker_id": worker_id})]
+
+
+def application_name(worker_id: uuid.UUID | str) -> str:
+    """What a worker's connections are called in ``pg_stat_activity``."""
+    return f"beanqueue {worker_id}"
