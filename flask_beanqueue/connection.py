@@ -35,12 +35,16 @@ def connect(engine: Engine) -> Connection:
 
 @contextlib.contextmanager
 def transaction(connection: Connection) -> t.Iterator[None]:
-    """A transaction on a connection that is in autocommit otherwise."""
-    connection.commit()  # SQLAlchemy begins one in name, also where the driver does not
-    connection.execution_options(isolation_level="READ COMMITTED")
-    with connection.begin():
+    """A transaction on a connection that is in autocommit otherwise. The driver and SQLAlchemy
+    need not know of it, so it costs no second connection."""
+    connection.exec_driver_sql("BEGIN ISOLATION LEVEL READ COMMITTED")
+    try:
         yield
-    connection.execution_options(isolation_level="AUTOCOMMIT")
+        connection.exec_driver_sql("COMMIT")
+    except BaseException:
+        with contextlib.suppress(sa.exc.SQLAlchemyError):
+            connection.exec_driver_sql("ROLLBACK")
+        raise
 
 
 @contextlib.contextmanager

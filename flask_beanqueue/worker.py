@@ -116,9 +116,8 @@ class Worker:
         self._grace_until = float("inf")
         self._died = False
         self._asleep = False
-        self._wake_read, self._wake_write = socket.socketpair()
-        self._wake_read.setblocking(False)
-        self._wake_write.setblocking(False)
+        self._wake_read: socket.socket | None = None
+        self._wake_write: socket.socket | None = None
         self._connection: Connection | None = None
         self._listener: Listener | None = None
         self._next_listen = 0.0
@@ -150,7 +149,7 @@ class Worker:
     def _run(self) -> None:
         with self.app.app_context():
             engines = list(self.bq.db.engines.values())
-        with named(engines, self.id), self._signal_handlers():
+        with self._bell(), named(engines, self.id), self._signal_handlers():
             self._connection = connect(self.engine)
             self.bq.queries.add_worker(self._connection, self.id, self.name, self.channels)
             heartbeat = Heartbeat(
@@ -200,6 +199,15 @@ class Worker:
     def _die(self) -> None:
         self._died = True
         self.stop()
+
+    @contextlib.contextmanager
+    def _bell(self) -> t.Iterator[None]:
+        """What other threads and signal handlers wake the loop with."""
+        self._wake_read, self._wake_write = socket.socketpair()
+        with self._wake_read, self._wake_write:
+            self._wake_read.setblocking(False)
+            self._wake_write.setblocking(False)
+            yield
 
     @contextlib.contextmanager
     def _signal_handlers(self) -> t.Iterator[None]:
@@ -470,13 +478,13 @@ class Worker:
         try:
             timeout = self._timeout()
             with selectors.DefaultSelector() as selector:
-                selector.register(self._wake_read, selectors.EVENT_READ)
+                selector.register(t.cast(socket.socket, self._wake_read), selectors.EVENT_READ)
                 if self._listener is not None:
                     selector.register(self._listener, selectors.EVENT_READ)
                 ready = [key.fileobj for key, _ in selector.select(timeout)]
         finally:
             self._asleep = False
-        if self._wake_read in ready:
+        if self._wake_read in ready and self._wake_read is not None:
             with contextlib.suppress(BlockingIOError):
                 self._wake_read.recv(4096)
         if self._listener in ready:
@@ -500,8 +508,9 @@ class Worker:
         return max(until - now, 0.0)
 
     def _wake(self) -> None:
-        with contextlib.suppress(OSError):  # full: it will wake; closed: it has left
-            self._wake_write.send(b"\0")
+        if self._wake_write is not None:
+            with contextlib.suppress(OSError):  # full: it will wake; closed: it has left
+                self._wake_write.send(b"\0")
 
     def _hear(self) -> None:
         """Take notifications; find out if the connection has gone."""

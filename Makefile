@@ -1,0 +1,56 @@
+# The oldest Python that is supported, if it is there. `make test PYTHON=python3.13` picks another.
+PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || echo python3)
+RUN = .venv/bin/python -m
+
+.PHONY: help
+help: ## Show this help
+	@sed -n 's/^\([a-z0-9-]*\):.* ## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+.PHONY: demo
+demo: .venv/installed ## Run the example app and a worker; Ctrl-C ends both (PORT=..., ONCE=1)
+	@$(RUN) tests.postgres --data .postgres/demo -- $(RUN) example_app.demo
+
+.PHONY: test
+test: .venv/installed ## Run the tests, with coverage (ARGS="-k name" picks some)
+	@$(RUN) coverage erase
+	@$(RUN) tests.postgres --fast -- $(RUN) coverage run -m pytest $(ARGS); status=$$?; \
+	$(RUN) coverage combine --quiet; $(RUN) coverage report; exit $$status
+
+.PHONY: test-sqlalchemy20 test-lowest
+test-sqlalchemy20: ## Run the tests with SQLAlchemy 2.0
+test-lowest: ## Run the tests with the oldest releases that are supported
+test-sqlalchemy20 test-lowest: test-%: .venv-%/installed
+	@.venv-$*/bin/python -m tests.postgres --fast -- .venv-$*/bin/python -m pytest $(ARGS)
+
+.PHONY: lint
+lint: .venv/installed ## Check the style
+	@$(RUN) ruff check
+	@$(RUN) ruff format --check
+
+.PHONY: format
+format: .venv/installed ## Mend the style
+	@$(RUN) ruff check --fix
+	@$(RUN) ruff format
+
+.PHONY: types
+types: .venv/installed ## Check the types
+	@$(RUN) mypy
+
+.PHONY: clean
+clean: ## Remove everything that make, Python and the tools made
+	rm -rf .venv .venv-* .postgres build dist htmlcov .coverage .coverage.*
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# SQLAlchemy 2.0.16 is the oldest that Flask-SQLAlchemy 3.1 takes; the package's own lower bounds
+# are read from pyproject.toml, so that what is promised there is what is tested.
+.venv/installed: INSTALL = '.[dev]'
+.venv-sqlalchemy20/installed: INSTALL = '.[test]' 'sqlalchemy<2.1'
+.venv-lowest/installed: INSTALL = '.[test]' 'sqlalchemy==2.0.16' \
+	$(shell sed -n '/^dependencies/,/^]/s/.*"\(.*\)>=\([^"]*\)".*/\1==\2/p' pyproject.toml)
+
+.venv/installed .venv-sqlalchemy20/installed .venv-lowest/installed: pyproject.toml
+	@echo "Installing into $(@D)"
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --editable $(INSTALL)
+	@touch $@

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+
+from flask_beanqueue import BeanQueue
+
+from . import postgres
+from .probe import Probe
+from .processes import Processes
+
+
+@pytest.fixture(scope="session")
+def server_url() -> Iterator[str]:
+    """The PostgreSQL to test on: DATABASE_URL, or one of our own."""
+    if url := os.environ.get("DATABASE_URL"):
+        yield url
+    else:
+        with postgres.server(fast=True) as url:
+            yield url
+
+
+@pytest.fixture
+def database_url(server_url: str) -> Iterator[str]:
+    """An empty database; TEST_DRIVER=psycopg reaches it with psycopg 3."""
+    with postgres.database(server_url) as url:
+        driver = os.environ.get("TEST_DRIVER", "psycopg2")
+        yield f"postgresql+{driver}://{url.partition('://')[2]}"
+
+
+MakeApp = Callable[..., Flask]
+
+
+@pytest.fixture
+def make_app(database_url: str) -> Iterator[MakeApp]:
+    """Makes apps on the test's database whose extensions and tables are set up."""
+    apps: list[tuple[Flask, SQLAlchemy]] = []
+
+    def make(db: SQLAlchemy, bq: BeanQueue | None = None, **config: Any) -> Flask:
+        app = Flask("tests", root_path=str(Path(__file__).parent))
+        app.config.from_mapping(SQLALCHEMY_DATABASE_URI=database_url, TESTING=True)
+        app.config.update(config)
+        db.init_app(app)
+        if bq is not None:
+            bq.init_app(app)
+        apps.append((app, db))
+        with app.app_context():
+            db.create_all()
+        return app
+
+    yield make
+    for app, db in apps:
+        with app.app_context():
+            for engine in db.engines.values():
+                engine.dispose()
+
+
+@pytest.fixture
+def db() -> SQLAlchemy:
+    return SQLAlchemy()
+
+
+@pytest.fixture
+def bq(db: SQLAlchemy) -> BeanQueue:
+    return BeanQueue(db=db)
+
+
+@pytest.fixture
+def Note(db: SQLAlchemy, bq: BeanQueue) -> Any:
+    """A table of the app's own, for effects to show in."""
+
+    class Note(db.Model):  # type: ignore[name-defined, misc]
+        id = sa.Column(sa.Integer, primary_key=True)
+        text = sa.Column(sa.Text, nullable=False)
+        task_id = sa.Column(sa.ForeignKey("bq_tasks.id"))
+        task = sa.orm.relationship("BQTask")
+
+    return Note
+
+
+@pytest.fixture
+def app(make_app: MakeApp, db: SQLAlchemy, bq: BeanQueue, Note: Any) -> Flask:
+    return make_app(db, bq)
+
+
+@pytest.fixture
+def work(app: Flask, bq: BeanQueue) -> Callable[..., None]:
+    """Do all tasks that are due, in a worker in this process."""
+
+    def work(*channels: str, **options: Any) -> None:
+        bq.process_tasks(channels, app=app, burst=True, **options)
+
+    return work
+
+
+@pytest.fixture
+def probe(database_url: str) -> Iterator[Probe]:
+    with contextlib.closing(Probe(database_url)) as probe:
+        yield probe
+
+
+@pytest.fixture
+def processes(database_url: str) -> Iterator[Processes]:
+    processes = Processes(database_url)
+    yield processes
+    processes.clean_up()

