@@ -105,7 +105,8 @@ class Worker:
         self._suspect_runs = False
 
         # Where the queue stands.
-        self._levels = {(channel, 0): Level(channel, 0) for channel in self.channels}
+        self._levels: dict[tuple[str, int], Level] = {}
+        self._turns = 0
         self._mean: float | None = None
         self._next_look = 0.0
         self._fruitless = 0
@@ -287,11 +288,13 @@ class Worker:
         if time.monotonic() < self._quiet_until:
             return
         connection = self._connected()
+        if not self._levels:
+            self._levels = {(channel, 0): Level(channel, 0) for channel in self.channels}
+            if not self._look(connection):
+                return
         while (wanted := self._wanted()) > 0:
             self._empty = False
-            claims = self.bq.queries.claim(
-                connection, self.id, list(self._levels.values()), wanted
-            )
+            claims = self.bq.queries.claim(connection, self.id, self._turn(), wanted)
             self._take(claims)
             now = time.monotonic()
             if claims:
@@ -307,6 +310,13 @@ class Worker:
                     return
             if not self._look(connection):
                 return
+
+    def _turn(self) -> list[Level]:
+        """The levels by priority; of equal ones, each channel comes first in its turn."""
+        self._turns += 1
+        levels = list(self._levels.values())
+        start = self._turns % len(levels)
+        return sorted(levels[start:] + levels[:start], key=lambda level: level.priority)
 
     def _wanted(self) -> int:
         """How many tasks to claim now."""
@@ -336,6 +346,7 @@ class Worker:
         start = time.monotonic()
         look = self.bq.queries.look(connection, self.channels)
         now = time.monotonic()
+        # Where something is due and yet not to be had, each look comes later than the one before.
         pause = max(LOOK_SHARE * (now - start), 0.01 * 2 ** min(self._fruitless, 10))
         self._next_look = now + min(pause, LOOK_WITHIN)
         self._fruitless += 1
@@ -352,6 +363,7 @@ class Worker:
             suspect = self.bq.queries.claim_suspect(connection, self.id, self.channels)
             if suspect is not None:
                 self._suspect = self._held[suspect.id] = suspect
+                self._fruitless = 0
                 self._start_suspect()
                 return False
         if due:

@@ -26,13 +26,14 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
 import psycopg2
 
 FOLDER = Path(__file__).resolve().parent.parent / ".postgres"
 INSTALLS = {16: "pginstall", 18: "pginstall18"}
 FAST = ["fsync=off", "synchronous_commit=off", "full_page_writes=off"]
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextlib.contextmanager
@@ -51,13 +52,14 @@ def server(*, version: int = 18, fast: bool = False, data: Path | None = None) -
         parent = keep.parent if keep else FOLDER
         parent.mkdir(parents=True, exist_ok=True)
 
+        # Out of reach of Ctrl-C: the command ends by itself first, then we stop its server.
+        detached: dict[str, Any] = {"cwd": run, "start_new_session": True}
         # PostgreSQL refuses to run as root. The package's own get_server() would add a user to the
         # system and open the folders above to everybody, so its binaries are run directly.
         user, group = os.geteuid(), os.getegid()
-        account: dict[str, Any] = {}
         if user == 0:
             user, group = pwd.getpwnam("nobody")[2:4]
-            account = {"user": user, "group": group, "extra_groups": []}
+            detached |= {"user": user, "group": group, "extra_groups": []}
             os.chown(run, user, group)
             if not (_open_to_all(install / "bin" / "postgres") and _open_to_all(parent)):
                 if keep:
@@ -71,28 +73,22 @@ def server(*, version: int = 18, fast: bool = False, data: Path | None = None) -
             os.chown(cluster, user, group)
             initdb = [f"{install}/bin/initdb", f"--pgdata={cluster}", "--username=postgres"]
             initdb += ["--auth=trust", "--encoding=UTF8", "--no-locale"]
-            with _log(run) as log:
-                code = subprocess.run(initdb, cwd=run, stdout=log, stderr=log, **account).returncode
-            if code:
+            with _undisturbed(), (run / "log").open("wb") as log:
+                done = subprocess.run(initdb, stdout=log, stderr=log, **detached)
+            if done.returncode:
                 raise RuntimeError(f"PostgreSQL's initdb failed:\n{(run / 'log').read_text()}")
-            if keep:  # Only now, so that an initdb that was broken off leaves nothing.
+            if keep:  # Only now, so that an initdb that failed leaves nothing.
                 cluster = cluster.rename(keep)
 
         settings = ["listen_addresses=", f"unix_socket_directories={run}", "max_connections=300"]
         postgres = [f"{install}/bin/postgres", "-D", str(cluster)]
         for setting in settings + (FAST if fast else []):
             postgres += ["-c", setting]
-        with _log(run) as log:
+        with _undisturbed(), (run / "log").open("wb") as log:
             process = subprocess.Popen(
-                postgres,
-                cwd=run,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # Ctrl-C is for the command; we stop the server after it.
-                preexec_fn=_end_with_parent,
-                **account,
+                postgres, stdout=log, stderr=log, preexec_fn=_end_with_parent, **detached
             )
-        clean_up.callback(_stop, process)
+            clean_up.callback(_stop, process)
         url = f"postgresql+psycopg2://postgres@/postgres?host={run}"
         if not _answers(url, process):
             raise RuntimeError(f"PostgreSQL did not start:\n{(run / 'log').read_text()}")
@@ -133,8 +129,14 @@ def _copy(install: Path, run: Path, user: int, group: int) -> Path:
     return run / "site" / install.relative_to(site)
 
 
-def _log(run: Path) -> IO[bytes]:
-    return (run / "log").open("wb")
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    # A signal waits: initdb broken off leaves its children at work, and a server is to be known.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_with_parent() -> None:
@@ -196,7 +198,7 @@ def _give_up(signum: int, frame: FrameType | None) -> None:
 
 
 def _on_signal(handler: Any) -> None:
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for signum in SIGNALS:
         if signal.getsignal(signum) != signal.SIG_IGN:  # nohup
             signal.signal(signum, handler)
 

@@ -1,0 +1,298 @@
+"""Workers that freeze and die: real processes, real signals."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from flask import Flask
+
+from .apps import faults
+from .probe import Probe, query
+from .processes import Process, Processes
+
+APP = "tests.apps.faults"
+#: Short, so that the tests need not wait long; and long enough for a machine under load.
+HEARTBEAT = {"BQ_WORKER_HEARTBEAT_PERIOD": 0.2, "BQ_WORKER_HEARTBEAT_TIMEOUT": 1.5}
+
+
+@pytest.fixture
+def app(database_url: str, monkeypatch: pytest.MonkeyPatch, probe: Probe) -> Iterator[Flask]:
+    monkeypatch.setenv("DATABASE_URL", database_url)
+    app = faults.create_app()
+    with app.app_context():
+        faults.db.create_all()
+        probe.listen_states()
+        yield app
+        faults.db.session.remove()
+        faults.db.engine.dispose()
+
+
+def effects(url: str) -> list[str]:
+    return [row[0] for row in query(url, "SELECT text FROM effect ORDER BY id")]
+
+
+def rows(url: str, columns: str) -> list[Any]:
+    return query(url, f"SELECT {columns} FROM bq_tasks ORDER BY id")
+
+
+def freeze_in(
+    point: str, task: str, probe: Probe, processes: Processes, first: Process
+) -> Process:
+    """Freeze the first worker at a point of the task, and see another one do the task.
+
+    Return the second worker; the first is frozen, with the gate before it open.
+    """
+    with probe.gate(point) as open_gate:
+        getattr(faults, task).enqueue()
+        faults.db.session.commit()
+        probe.wait(point)
+        first.freeze()
+        open_gate()
+    second = processes.worker(APP, "--name", "second", **HEARTBEAT)
+    probe.wait(f"{task} DONE")  # without waiting for the first
+    return second
+
+
+@pytest.mark.parametrize(
+    ("point", "task"),
+    [
+        ("before flush", "freeze_first"),
+        ("after flush", "freeze_flushed"),
+        ("in commit", "freeze_in_commit"),
+        ("no session", "freeze_without_session"),
+    ],
+)
+def test_a_frozen_worker_holds_nobody_up_and_leaves_no_trace(
+    app: Flask, database_url: str, probe: Probe, processes: Processes, point: str, task: str
+) -> None:
+    first = processes.worker(APP, "--name", "first", **HEARTBEAT)
+    second = freeze_in(point, task, probe, processes, first)
+    first.thaw()
+    assert first.wait() == 1
+    assert "declared dead" in first.output
+    assert "taken from this worker" in first.output or "OperationalError" in first.output
+    assert effects(database_url) == ([] if task == "freeze_without_session" else [task])
+    [(state, claims, crashes, attempts)] = rows(database_url, "state, claims, crashes, attempts")
+    assert (state, claims, crashes, attempts) == ("DONE", 2, 1, 1)
+    assert second.stop() == 0
+
+
+@pytest.mark.parametrize("task", ["freeze_before_half", "freeze_before_half_unflushed"])
+def test_a_commit_halfway_of_a_frozen_worker_raises_and_leaves_nothing(
+    app: Flask, database_url: str, probe: Probe, processes: Processes, task: str
+) -> None:
+    first = processes.worker(APP, "--name", "first", **HEARTBEAT)
+    freeze_in("before half", task, probe, processes, first)
+    first.thaw()
+    probe.wait_until(lambda: any(each.startswith("commit raised") for each in probe.heard))
+    assert first.wait() == 1
+    assert effects(database_url) == ["first half", "second half"]
+
+
+def test_what_a_frozen_worker_had_committed_halfway_is_there_twice(
+    app: Flask, database_url: str, probe: Probe, processes: Processes
+) -> None:
+    first = processes.worker(APP, "--name", "first", **HEARTBEAT)
+    freeze_in("after half", "freeze_after_half", probe, processes, first)
+    first.thaw()
+    assert first.wait() == 1
+    assert effects(database_url) == ["first half", "first half", "second half"]
+
+
+def test_a_killed_workers_task_is_done_by_another(
+    app: Flask, database_url: str, probe: Probe, processes: Processes
+) -> None:
+    first = processes.worker(APP, **HEARTBEAT)
+    with probe.gate("waiting mail"):
+        faults.wait.enqueue(name="mail")
+        faults.db.session.commit()
+        probe.wait("waiting mail")
+        first.kill()
+    processes.worker(APP, **HEARTBEAT)
+    probe.wait("wait DONE")
+    assert effects(database_url) == ["mail"]
+    assert rows(database_url, "state, claims, crashes, attempts") == [("DONE", 2, 1, 1)]
+    assert query(database_url, "SELECT type, error_message FROM bq_events") == [
+        ("CRASHED", "Its worker died (1 of 3 times).")
+    ]
+
+
+def test_of_twenty_tasks_the_one_that_kills_its_worker_fails_and_the_others_get_done(
+    app: Flask, database_url: str, probe: Probe, processes: Processes
+) -> None:
+    for number in range(10):
+        faults.number.enqueue(number=number)
+    faults.killer.enqueue()
+    for number in range(10, 19):
+        faults.number.enqueue(number=number)
+    faults.db.session.commit()
+    for _ in range(3):
+        worker = processes.worker(APP, "--concurrency", "20", **HEARTBEAT)
+        assert worker.wait() == -9
+    worker = processes.worker(APP, **HEARTBEAT)
+    probe.wait("killer FAILED")
+    probe.wait_until(lambda: probe.heard.count("number DONE") == 19)
+    assert worker.stop() == 0
+    assert sorted(map(int, effects(database_url))) == list(range(19))
+    assert query(
+        database_url,
+        "SELECT func_name, crashes, error_message FROM bq_tasks WHERE state = 'FAILED'",
+    ) == [
+        (
+            "killer",
+            3,
+            "Its worker died 3 times while it held this task. It will not be run again.",
+        )
+    ]
+
+
+def test_ten_workers_do_ten_thousand_tasks_once_each(
+    app: Flask, database_url: str, processes: Processes
+) -> None:
+    faults.number.enqueue_many({"number": number} for number in range(9_000))
+    faults.nothing.enqueue_many({} for _ in range(1_000))
+    faults.db.session.commit()
+    worker = processes.flask("--app", APP, "bq", "worker", "--processes", "10", "--burst")
+    assert worker.wait() == 0
+    assert sorted(map(int, effects(database_url))) == list(range(9_000))
+    assert query(database_url, "SELECT state, max(claims), count(*) FROM bq_tasks GROUP BY 1") == [
+        ("DONE", 1, 10_000)
+    ]
+    [(workers,)] = query(database_url, "SELECT count(DISTINCT worker_id) FROM bq_tasks")
+    assert workers > 1
+
+
+def test_a_worker_that_was_declared_dead_claims_no_more(
+    app: Flask, database_url: str, probe: Probe, processes: Processes
+) -> None:
+    worker = processes.worker(APP, BQ_WORKER_HEARTBEAT_PERIOD=0.2)
+    query(database_url, "UPDATE bq_workers SET state = 'NO_HEARTBEAT'")
+    assert worker.wait() == 1
+    faults.nothing.enqueue()
+    faults.db.session.commit()
+    assert rows(database_url, "state") == [("PENDING",)]
+
+
+def test_a_task_whose_workers_row_is_gone_is_taken_over(
+    app: Flask, database_url: str, probe: Probe, processes: Processes
+) -> None:
+    query(
+        database_url,
+        "INSERT INTO bq_tasks (state, channel, module, func_name, claims)"
+        " VALUES ('PROCESSING', 'faults', %s, 'nothing', 1)",
+        faults.__name__,
+    )
+    processes.worker(APP)
+    probe.wait("nothing DONE")
+
+
+@pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGINT"])
+def test_a_signal_lets_running_tasks_end_and_gives_the_others_back(
+    app: Flask, database_url: str, probe: Probe, processes: Processes, signal_name: str
+) -> None:
+    worker = processes.worker(APP, "--concurrency", "1")
+    with probe.gate("waiting one") as open_gate:
+        faults.wait.enqueue(name="one")
+        faults.db.session.commit()
+        probe.wait("waiting one")
+        faults.wait.enqueue(name="two")
+        faults.db.session.commit()
+        worker.send(getattr(signal, signal_name))
+        worker.wait_line("stops")
+        open_gate()
+    assert worker.wait() == 0
+    assert effects(database_url) == ["one"]
+    assert rows(database_url, "state, attempts, crashes") == [("DONE", 1, 0), ("PENDING", 0, 0)]
+    assert query(database_url, "SELECT state FROM bq_workers") == [("SHUTDOWN",)]
+
+
+def test_after_the_grace_time_running_tasks_are_given_back_uncounted(
+    app: Flask, database_url: str, probe: Probe, processes: Processes
+) -> None:
+    worker = processes.worker(APP, BQ_SHUTDOWN_TIMEOUT=0.1)
+    with probe.gate("waiting long"):
+        faults.wait.enqueue(name="long")
+        faults.db.session.commit()
+        probe.wait("waiting long")
+        assert worker.stop() == 0
+    assert effects(database_url) == []
+    assert rows(database_url, "state, attempts, crashes, worker_id") == [("PENDING", 0, 0, None)]
+
+
+def test_a_second_signal_does_not_wait_for_running_tasks(
+    app: Flask, database_url: str, probe: Probe, processes: Processes
+) -> None:
+    worker = processes.worker(APP)
+    with probe.gate("waiting long"):
+        faults.wait.enqueue(name="long")
+        faults.db.session.commit()
+        probe.wait("waiting long")
+        worker.send(15)
+        worker.wait_line("stops")
+        assert worker.stop() == 0
+    assert rows(database_url, "state, attempts, crashes") == [("PENDING", 0, 0)]
+
+
+def test_claimed_tasks_that_cannot_start_soon_are_given_back(
+    app: Flask, database_url: str, probe: Probe, processes: Processes
+) -> None:
+    """A worker claims many short tasks ahead; a long one comes between; another worker does the
+    rest."""
+    worker = processes.worker(APP, "--concurrency", "1", "--name", "first")
+    for number in range(20):  # the worker learns that tasks are short
+        faults.number.enqueue(number=number)
+    faults.db.session.commit()
+    probe.wait_until(lambda: probe.heard.count("number DONE") == 20)
+    with probe.gate("waiting long"):
+        faults.wait.enqueue(name="long")
+        faults.number.enqueue_many({"number": number} for number in range(20, 40))
+        faults.db.session.commit()
+        probe.wait("waiting long")
+        processes.worker(APP, "--concurrency", "1", "--name", "second")
+        probe.wait_until(lambda: probe.heard.count("number DONE") == 40)
+    probe.wait("wait DONE")
+    assert worker.stop() == 0
+
+
+def test_a_worker_survives_the_loss_of_all_its_connections(
+    app: Flask, database_url: str, probe: Probe, processes: Processes
+) -> None:
+    worker = processes.worker(APP)
+    faults.number.enqueue(number=1)
+    faults.db.session.commit()
+    probe.wait("number DONE")
+    for number in (2, 3):
+        query(
+            database_url,
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE application_name LIKE 'beanqueue %%' AND datname = current_database()"
+            if number == 2
+            else "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE query LIKE 'LISTEN%%' AND datname = current_database()"
+            " AND application_name LIKE 'beanqueue %%'",
+        )
+        faults.number.enqueue(number=number)
+        faults.db.session.commit()
+        probe.wait("number DONE")
+    assert effects(database_url) == ["1", "2", "3"]
+    assert worker.stop() == 0
+
+
+def test_a_process_that_dies_is_replaced(
+    app: Flask, database_url: str, probe: Probe, processes: Processes
+) -> None:
+    worker = processes.worker(APP, "--processes", "2", **HEARTBEAT)
+    faults.killer.enqueue()
+    faults.number.enqueue(number=1)
+    faults.db.session.commit()
+    probe.wait("number DONE")
+    probe.wait("killer FAILED")
+    worker.wait_line("was ended by signal 9; a new one takes its place")
+    assert effects(database_url) == ["1"]
+    assert worker.stop() == 0
+    assert query(
+        database_url, "SELECT count(*) FROM bq_workers WHERE state = 'SHUTDOWN'"
+    ) == [(2,)]

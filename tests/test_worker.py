@@ -1,0 +1,471 @@
+"""The loop: claims, order, schedules, wake-ups."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+from flask_sqlalchemy.record_queries import get_recorded_queries
+
+from flask_beanqueue import BeanQueue
+from flask_beanqueue import worker as worker_module
+
+from .probe import query
+
+Work = Callable[..., None]
+
+
+class Statements:
+    """Counts what is sent to the database, and lets a test wait for a number of it."""
+
+    def __init__(self) -> None:
+        self.sent: list[str] = []
+        self._changed = threading.Condition()
+
+    def listen(self, engine: sa.Engine) -> None:
+        sa.event.listen(engine, "before_cursor_execute", self._add)
+
+    def _add(self, connection: Any, cursor: Any, statement: str, *rest: Any) -> None:
+        with self._changed:
+            self.sent.append(" ".join(statement.split()))
+            self._changed.notify_all()
+
+    def count(self, part: str) -> int:
+        return sum(part in statement for statement in self.sent)
+
+    def wait(self, part: str, number: int) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.count(part) >= number, 60), self.sent
+
+
+@pytest.fixture
+def statements(app: Flask, bq: BeanQueue) -> Statements:
+    statements = Statements()
+    statements.listen(bq.engine(app))
+    return statements
+
+
+@contextlib.contextmanager
+def running(app: Flask, bq: BeanQueue, *channels: str, **options: Any) -> Iterator[Any]:
+    """A worker in a thread of this process."""
+    worker = bq.worker(channels, app=app, **options)
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    try:
+        yield worker
+    finally:
+        worker.stop()
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+class Log(list[Any]):
+    """What processors did, with a way to wait for it."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+
+    def add(self, item: Any) -> None:
+        with self._changed:
+            self.append(item)
+            self._changed.notify_all()
+
+    def wait(self, length: int, timeout: float = 30) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(self) >= length, timeout), list(self)
+
+
+@pytest.fixture
+def log() -> Log:
+    return Log()
+
+
+@pytest.fixture
+def note(bq: BeanQueue, log: Log) -> Any:
+    @bq.processor()
+    def note(number: int) -> None:
+        log.add(number)
+
+    return note
+
+
+def test_tasks_are_done_in_the_order_of_priority_schedule_and_making(
+    app: Flask, db: SQLAlchemy, note: Any, work: Work, log: Log
+) -> None:
+    with app.app_context():
+        hour_ago = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=1)
+        note.using(priority=1).enqueue(number=5)
+        note.enqueue(number=3)
+        note.enqueue(number=4)
+        note.using(scheduled_at=hour_ago).enqueue(number=2)
+        note.using(priority=-1).enqueue(number=1)
+        db.session.commit()
+    work(concurrency=1)
+    assert log == [1, 2, 3, 4, 5]
+
+
+def test_ten_thousand_tasks_of_one_transaction_keep_their_order(
+    app: Flask, db: SQLAlchemy, note: Any, work: Work, log: Log
+) -> None:
+    with app.app_context():
+        note.enqueue_many({"number": number} for number in range(10_000))
+        db.session.commit()
+    work(concurrency=1)
+    assert log == list(range(10_000))
+
+
+def test_a_worker_does_only_its_channels(
+    app: Flask, db: SQLAlchemy, note: Any, work: Work, log: Log
+) -> None:
+    with app.app_context():
+        for number, channel in enumerate(["one", "two", "three"]):
+            note.using(channel=channel).enqueue(number=number)
+        db.session.commit()
+    work("one", "three")
+    assert sorted(log) == [0, 2]
+
+
+def test_tasks_due_later_are_left_until_then(
+    app: Flask, db: SQLAlchemy, note: Any, work: Work, log: Log, bq: BeanQueue
+) -> None:
+    with app.app_context():
+        note.using(delay=datetime.timedelta(hours=1)).enqueue(number=1)
+        db.session.commit()
+    work()
+    assert log == []
+    with app.app_context():
+        db.session.execute(sa.update(bq.Task).values(scheduled_at=sa.func.now()))
+        db.session.commit()
+    work()
+    assert log == [1]
+
+
+def test_a_scheduled_task_wakes_its_worker_when_it_falls_due(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log
+) -> None:
+    """The poll would come after half a minute."""
+    with running(app, bq):
+        with app.app_context():
+            note.enqueue(number=0)
+            db.session.commit()
+            log.wait(1)
+            note.using(delay=datetime.timedelta(seconds=1)).enqueue(number=1)
+            db.session.commit()
+        log.wait(2, timeout=15)
+    with app.app_context():
+        late = db.session.scalars(
+            sa.select(sa.func.max(bq.Task.started_at - bq.Task.scheduled_at))
+        ).one()
+    assert datetime.timedelta(0) <= late < datetime.timedelta(seconds=5)
+
+
+def test_a_commit_wakes_a_waiting_worker_without_a_poll(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log, statements: Statements
+) -> None:
+    with running(app, bq), app.app_context():
+        statements.wait("WITH RECURSIVE", 1)  # it has looked, and sleeps for half a minute
+        for number in range(5):
+            note.enqueue(number=number)
+            db.session.commit()
+            log.wait(number + 1, timeout=15)
+
+
+def test_without_listen_a_worker_polls(
+    make_app: Any, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log
+) -> None:
+    app = make_app(db, bq, BQ_LISTEN=False, BQ_POLL_TIMEOUT=0.1)
+    with running(app, bq), app.app_context():
+        for number in range(3):
+            note.enqueue(number=number)
+            db.session.commit()
+            log.wait(number + 1)
+        [(listening,)] = db.session.execute(
+            sa.text(
+                "SELECT count(*) FROM pg_stat_activity"
+                " WHERE query LIKE 'LISTEN%' AND datname = current_database()"
+            )
+        )
+        assert listening == 0
+
+
+def test_raw_sql_that_notifies_wakes_a_worker(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log, statements: Statements
+) -> None:
+    with running(app, bq), app.app_context():
+        statements.wait("WITH RECURSIVE", 1)
+        db.session.execute(
+            sa.text(
+                "INSERT INTO bq_tasks (module, func_name, kwargs)"
+                " VALUES (:module, 'note', '{\"number\": 7}')"
+            ),
+            {"module": note.module},
+        )
+        db.session.execute(sa.text("NOTIFY \"default\""))
+        db.session.commit()
+        log.wait(1)
+    assert log == [7]
+
+
+def test_a_task_behind_the_mark_is_found_by_a_busy_worker(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log
+) -> None:
+    """A worker that is never idle passes rows which were committed late or came back."""
+    stop = threading.Event()
+
+    @bq.processor()
+    def busy() -> None:
+        if not stop.is_set():
+            busy.enqueue()
+
+    with running(app, bq), app.app_context():
+        for _ in range(20):
+            busy.enqueue()
+        db.session.commit()
+        note.enqueue(number=1)
+        db.session.commit()
+        log.wait(1)  # the mark stands here, or later
+        hour_ago = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=1)
+        note.using(scheduled_at=hour_ago).enqueue(number=2)
+        note.using(priority=-5).enqueue(number=3)
+        note.using(priority=5, scheduled_at=hour_ago).enqueue(number=4)
+        db.session.commit()
+        log.wait(3)
+        stop.set()
+        log.wait(4)
+    assert set(log[1:3]) == {2, 3}
+
+
+def test_an_uncommitted_row_that_refers_to_a_task_does_not_hide_it(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, note: Any, work: Work, log: Log
+) -> None:
+    with app.app_context():
+        task_id = note.enqueue(number=1).id
+        db.session.commit()
+        db.session.add(Note(text="refers", task_id=task_id))
+        db.session.flush()
+        work()
+        assert log == [1]
+        db.session.rollback()
+
+
+def test_a_locked_row_is_passed_and_done_later(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log
+) -> None:
+    with app.app_context(), running(app, bq):
+        first = note.run(number=1)
+        db.session.add(first)
+        db.session.commit()
+        log.wait(1)
+        with bq.engine(app).begin() as connection:
+            task = note.run(number=2)
+            db.session.add(task)
+            db.session.flush()
+            db.session.commit()
+            connection.execute(
+                sa.select(bq.Task.id).where(bq.Task.id == task.id).with_for_update()
+            )
+            note.enqueue(number=3)
+            db.session.commit()
+            log.wait(2)
+        log.wait(3)
+    assert set(log) == {1, 2, 3}
+
+
+def test_an_idle_worker_sends_nothing_but_its_heartbeats(
+    make_app: Any, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log
+) -> None:
+    """Twelve beats are what a minute has; here they come faster."""
+    app = make_app(
+        db,
+        bq,
+        BQ_WORKER_HEARTBEAT_PERIOD=0.1,
+        BQ_WORKER_HEARTBEAT_TIMEOUT=20.0,
+        SQLALCHEMY_RECORD_QUERIES=True,
+    )
+    statements = Statements()
+    statements.listen(bq.engine(app))
+    with running(app, bq):
+        with app.app_context():
+            note.enqueue(number=1)
+            db.session.commit()
+        log.wait(1)
+        statements.wait("WITH beat", statements.count("WITH beat") + 2)  # it has come to rest
+        before = len(statements.sent)
+        statements.wait("WITH beat", statements.count("WITH beat") + 12)
+        others = [each for each in statements.sent[before:] if "WITH beat" not in each]
+        assert others == []
+
+
+def test_the_loop_runs_outside_of_any_app_context(
+    make_app: Any, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log
+) -> None:
+    """In one, SQLALCHEMY_RECORD_QUERIES would keep every query of the loop for ever."""
+    app = make_app(db, bq, SQLALCHEMY_RECORD_QUERIES=True)
+    with app.app_context():
+        note.enqueue(number=1)
+        db.session.commit()
+        before = len(get_recorded_queries())
+        bq.process_tasks(burst=True)
+        assert log == [1]
+        assert len(get_recorded_queries()) == before
+
+
+def test_tasks_run_side_by_side_in_threads(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work
+) -> None:
+    barrier = threading.Barrier(3, timeout=30)
+
+    @bq.processor()
+    def meet() -> None:
+        barrier.wait()
+
+    with app.app_context():
+        meet.enqueue_many([{}] * 3)
+        db.session.commit()
+    work(concurrency=3)
+    assert not barrier.broken
+
+
+def test_a_slow_task_holds_up_nobodys_completion(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log, database_url: str
+) -> None:
+    gate = threading.Event()
+
+    @bq.processor()
+    def slow() -> None:
+        log.add("slow")
+        gate.wait(30)
+
+    with running(app, bq, concurrency=2) as worker:
+        with app.app_context():
+            slow.enqueue()
+            db.session.commit()
+            log.wait(1)
+            note.enqueue(number=1)
+            db.session.commit()
+        log.wait(2)
+        done = "SELECT count(*) FROM bq_tasks WHERE state = 'DONE'"
+        deadline = time.monotonic() + 30
+        while query(database_url, done) != [(1,)]:
+            assert time.monotonic() < deadline
+        assert worker is not None
+        gate.set()
+
+
+def test_a_worker_writes_where_it_stands(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log
+) -> None:
+    with running(app, bq, name="me"), app.app_context():
+        note.enqueue(number=1)
+        db.session.commit()
+        log.wait(1)
+        worker = db.session.scalars(sa.select(bq.Worker)).one()
+        assert (worker.state, worker.name, worker.channels) == ("RUNNING", "me", ["default"])
+    with app.app_context():
+        worker = db.session.scalars(sa.select(bq.Worker)).one()
+        assert worker.state == "SHUTDOWN"
+        assert [task.func_name for task in worker.tasks] == ["note"]
+
+
+def test_the_first_claim_is_small_and_short_tasks_are_claimed_in_hundreds(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, work: Work, statements: Statements
+) -> None:
+    with app.app_context():
+        note.enqueue_many({"number": number} for number in range(5_000))
+        db.session.commit()
+    work(concurrency=2)
+    claims = statements.count("SET state = 'PROCESSING'")
+    finishes = statements.count("SET state = 'DONE'")
+    assert claims < 100
+    assert finishes < 200
+
+
+def test_long_tasks_are_claimed_one_by_one(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, log: Log, database_url: str
+) -> None:
+    gate = threading.Event()
+
+    @bq.processor()
+    def long(number: int) -> None:
+        log.add(number)
+        if number < 2:
+            time.sleep(2 * worker_module.HORIZON)  # what it is to be long
+        else:
+            gate.wait(30)
+
+    with app.app_context():
+        long.enqueue_many({"number": number} for number in range(12))
+        db.session.commit()
+    with running(app, bq, concurrency=2):
+        log.wait(4)
+        [(claimed,)] = query(
+            database_url, "SELECT count(*) FROM bq_tasks WHERE state = 'PROCESSING'"
+        )
+        gate.set()
+        log.wait(12)
+    assert claimed <= 4
+
+
+def test_channels_take_turns(
+    app: Flask, db: SQLAlchemy, note: Any, work: Work, log: Log
+) -> None:
+    with app.app_context():
+        note.using(channel="one").enqueue_many({"number": 1} for _ in range(3_000))
+        note.using(channel="two").enqueue_many({"number": 2} for _ in range(3_000))
+        db.session.commit()
+    work("one", "two", concurrency=1)
+    assert len(log) == 6_000
+    assert 1 in log[:2_000]
+    assert 2 in log[:2_000]
+
+
+def test_several_apps_in_one_process_each_do_their_own_tasks(
+    make_app: Any, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log, server_url: str
+) -> None:
+    from . import postgres
+
+    with postgres.database(server_url) as other_url:
+        one = make_app(db, bq)
+        two = make_app(db, bq, SQLALCHEMY_DATABASE_URI=other_url)
+        for number, app in enumerate([one, two]):
+            with app.app_context():
+                note.enqueue(number=number)
+                db.session.commit()
+        bq.process_tasks(app=two, burst=True)
+        assert log == [1]
+        bq.process_tasks(app=one, burst=True)
+        assert log == [1, 0]
+        with two.app_context():
+            db.engine.dispose()
+
+
+def test_serializable_apps_are_served(
+    make_app: Any, db: SQLAlchemy, bq: BeanQueue, Note: Any, database_url: str
+) -> None:
+    """Also where the isolation level is the database's own default."""
+    query(
+        database_url,
+        "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_isolation"
+        " = ''serializable''', current_database()); END $$",
+    )
+
+    @bq.processor()
+    def write(db: Any, number: int) -> None:
+        db.add(Note(text=str(number)))
+
+    app = make_app(
+        db, bq, SQLALCHEMY_ENGINE_OPTIONS={"isolation_level": "REPEATABLE READ"}
+    )
+    with app.app_context():
+        write.enqueue_many({"number": number} for number in range(200))
+        db.session.commit()
+        bq.process_tasks(burst=True, concurrency=4)
+        assert db.session.scalar(sa.select(sa.func.count()).select_from(Note)) == 200
