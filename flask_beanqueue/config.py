@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -11,6 +12,9 @@ import typing as t
 import warnings
 
 PREFIX = "BQ_"
+
+#: Seconds that a worker can be told to sleep: select() takes no more than 24 days.
+LONGEST = 1e6
 
 
 class ConfigError(ValueError):
@@ -58,18 +62,23 @@ class Config:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{PREFIX}{name} must be 1 or more.")
         for name in ("WORKER_HEARTBEAT_PERIOD", "WORKER_HEARTBEAT_TIMEOUT"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ConfigError(f"{PREFIX}{name} must be a number of seconds above 0.")
-        if self.POLL_TIMEOUT is not None and not 0 < self.POLL_TIMEOUT < float("inf"):
-            raise ConfigError(f"{PREFIX}POLL_TIMEOUT must be a number of seconds above 0, or unset.")
+            if not 0 < getattr(self, name) <= LONGEST:
+                raise ConfigError(
+                    f"{PREFIX}{name} must be a number of seconds above 0, at most {LONGEST:.0f}."
+                )
+        if self.POLL_TIMEOUT is not None and not 0 < self.POLL_TIMEOUT <= LONGEST:
+            raise ConfigError(
+                f"{PREFIX}POLL_TIMEOUT must be a number of seconds above 0, at most {LONGEST:.0f},"
+                " or unset."
+            )
         for name in ("SHUTDOWN_TIMEOUT", "UNKNOWN_GRACE"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{PREFIX}{name} must be a number of seconds, 0 or more.")
         if self.WORKER_HEARTBEAT_TIMEOUT < 2 * self.WORKER_HEARTBEAT_PERIOD:
             raise ConfigError(
-                f"{PREFIX}WORKER_HEARTBEAT_TIMEOUT ({self.WORKER_HEARTBEAT_TIMEOUT:g} s) must be at"
-                f" least twice {PREFIX}WORKER_HEARTBEAT_PERIOD ({self.WORKER_HEARTBEAT_PERIOD:g} s),"
-                " or a healthy worker would be declared dead."
+                f"{PREFIX}WORKER_HEARTBEAT_TIMEOUT ({self.WORKER_HEARTBEAT_TIMEOUT:g} s) must be"
+                f" at least twice {PREFIX}WORKER_HEARTBEAT_PERIOD"
+                f" ({self.WORKER_HEARTBEAT_PERIOD:g} s), or a healthy worker would be declared dead."
             )
 
     @property
@@ -110,16 +119,17 @@ def check(name: str, value: t.Any, hint: t.Any) -> t.Any:
     kinds = t.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for kind in kinds:
         if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
+            with contextlib.suppress(OverflowError):  # a whole number beyond 1e308
+                return float(value)
         if kind is int and isinstance(value, int) and not isinstance(value, bool):
             return value
         if kind is types.NoneType and value is None:
             return value
         if kind in (str, bool) and isinstance(value, kind):
             return value
-        if kind == list[str] and isinstance(value, (list, tuple)):
-            if all(isinstance(item, str) for item in value):
-                return list(value)
+        is_list = isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
+        if kind == list[str] and is_list:
+            return list(value)
     raise ConfigError(f"{name} must be {wanted(kinds)}, not {value!r}.")
 
 
@@ -136,7 +146,7 @@ def parse(name: str, text: str, hint: t.Any) -> t.Any:
     elif str not in kinds:
         try:
             value = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             value = text
     return check(name, value, hint)
 

@@ -89,8 +89,8 @@ def perform(
         outcome = outcomes.succeeded(claim, result, event=config.SUCCESS_EVENTS)
     else:
         outcome = outcomes.parked(claim, result)
-    session = bq.db.session()
-    if used(session, claim):
+    # Asking for the session would make one, also for a task that never had any.
+    if bq.db.session.registry.has() and used(session := bq.db.session(), claim):
         finish(app, bq, session, outcome)
         return None
     return None if claim.settled else outcome
@@ -178,6 +178,8 @@ def listen_session(db: SQLAlchemy, bq: BeanQueue) -> None:
 
 
 def rollback(bq: BeanQueue) -> None:
+    if not bq.db.session.registry.has():
+        return
     try:
         bq.db.session.rollback()
     except Exception:

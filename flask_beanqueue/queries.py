@@ -211,7 +211,7 @@ class Queries:
         self._finish = self._text("""
             UPDATE {tasks} AS t SET state = 'DONE', attempts = t.attempts + 1,
                 result = COALESCE(CAST(done.result AS jsonb), t.result), error_message = NULL,
-                unknown_since = NULL, finished_at = now()
+                unknown_since = NULL, finished_at = clock_timestamp()
             FROM unnest(
                 CAST(:ctids AS tid[]), CAST(:ids AS uuid[]), CAST(:claims AS int[]),
                 CAST(:results AS text[])
@@ -239,14 +239,14 @@ class Queries:
                     crashes = t.crashes + outcome.crashes,
                     parked = outcome.parked,
                     unknown_since = CASE WHEN outcome.unknown
-                        THEN COALESCE(t.unknown_since, now()) END,
+                        THEN COALESCE(t.unknown_since, clock_timestamp()) END,
                     worker_id = CASE WHEN outcome.state IN ('PENDING', 'PROCESSING')
                         THEN NULL ELSE t.worker_id END,
                     scheduled_at = CASE WHEN outcome.state = 'PENDING' THEN COALESCE(
-                        outcome.scheduled_at, now() + outcome.delay * interval '1 second',
+                        outcome.scheduled_at, clock_timestamp() + outcome.delay * interval '1 second',
                         t.scheduled_at) ELSE t.scheduled_at END,
                     finished_at = CASE WHEN outcome.state NOT IN ('PENDING', 'PROCESSING')
-                        THEN now() END
+                        THEN clock_timestamp() END
                 FROM outcome
                 WHERE t.id = outcome.id AND t.claims = outcome.claims AND t.state = 'PROCESSING'
                 RETURNING t.id, t.state, t.scheduled_at, t.error_message,
@@ -255,7 +255,7 @@ class Queries:
                 INSERT INTO {events}
                     (id, task_id, type, error_message, traceback, scheduled_at, created_at)
                 SELECT event_id, id, event, error_message, traceback,
-                    CASE WHEN state = 'PENDING' THEN scheduled_at END, now()
+                    CASE WHEN state = 'PENDING' THEN scheduled_at END, clock_timestamp()
                 FROM settled WHERE event IS NOT NULL
             ), notified AS (
                 SELECT count(pg_notify(channel, '')) AS channels

@@ -216,8 +216,14 @@ class Worker:
             yield  # whoever made the thread tells us to stop
             return
 
+        seen = set()
+
         def handler(number: int, frame: types.FrameType | None) -> None:
-            self.stop()
+            # Ctrl-C reaches the whole process group, and a parent may send SIGTERM on top of it.
+            # Only the same signal again means impatience.
+            if not self._stopping or number in seen:
+                self.stop()
+            seen.add(number)
 
         numbers = (signal.SIGTERM, signal.SIGINT)
         before = [signal.signal(number, handler) for number in numbers]

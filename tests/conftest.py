@@ -10,12 +10,17 @@ import pytest
 import sqlalchemy as sa
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
+from hypothesis import settings
 
 from flask_beanqueue import BeanQueue
 
 from . import postgres
 from .probe import Probe
 from .processes import Processes
+
+# A machine under load may be slow at any time.
+settings.register_profile("tests", deadline=None)
+settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")
@@ -28,12 +33,23 @@ def server_url() -> Iterator[str]:
             yield url
 
 
+def with_driver(url: str) -> str:
+    driver = os.environ.get("TEST_DRIVER", "psycopg2")
+    return f"postgresql+{driver}://{url.partition('://')[2]}"
+
+
 @pytest.fixture
 def database_url(server_url: str) -> Iterator[str]:
     """An empty database; TEST_DRIVER=psycopg reaches it with psycopg 3."""
     with postgres.database(server_url) as url:
-        driver = os.environ.get("TEST_DRIVER", "psycopg2")
-        yield f"postgresql+{driver}://{url.partition('://')[2]}"
+        yield with_driver(url)
+
+
+@pytest.fixture
+def other_database_url(server_url: str) -> Iterator[str]:
+    """A second one."""
+    with postgres.database(server_url) as url:
+        yield with_driver(url)
 
 
 MakeApp = Callable[..., Flask]

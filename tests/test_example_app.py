@@ -23,8 +23,8 @@ from sqlalchemy import event, func, select
 from example_app import create_app, processors, with_driver
 from example_app.extensions import bq, db
 from example_app.models import Image, Thumbnail
+from example_app.pictures import SIZES
 from example_app.samples import samples
-from example_app.views import SIZES
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 

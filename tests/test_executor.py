@@ -45,6 +45,24 @@ def test_effects_and_completion_are_committed_together(
     assert task.created_at <= task.started_at <= task.finished_at
 
 
+def test_the_end_of_a_task_is_when_it_ended(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work
+) -> None:
+    """And not when its transaction began."""
+    last: list[Any] = []
+
+    @bq.processor()
+    def look(db: Any) -> None:
+        db.execute(sa.text("SELECT pg_sleep(0.01)"))
+        last.append(db.scalar(sa.text("SELECT clock_timestamp()")))
+
+    with app.app_context():
+        look.enqueue()
+        db.session.commit()
+    work()
+    assert only_task(app, bq).finished_at > last[0]
+
+
 def test_effects_of_a_processor_that_raises_are_rolled_back(
     app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work
 ) -> None:

@@ -236,6 +236,22 @@ def test_a_second_signal_does_not_wait_for_running_tasks(
     assert rows(database_url, "state, attempts, crashes") == [("PENDING", 0, 0)]
 
 
+def test_sigterm_on_top_of_ctrl_c_does_not_cut_tasks_short(
+    app: Flask, database_url: str, probe: Probe, processes: Processes
+) -> None:
+    worker = processes.worker(APP)
+    with probe.gate("waiting one") as open_gate:
+        faults.wait.enqueue(name="one")
+        faults.db.session.commit()
+        probe.wait("waiting one")
+        worker.send(signal.SIGINT)
+        worker.wait_line("stops")
+        worker.send(signal.SIGTERM)
+        open_gate()
+    assert worker.wait() == 0
+    assert effects(database_url) == ["one"]
+
+
 def test_claimed_tasks_that_cannot_start_soon_are_given_back(
     app: Flask, database_url: str, probe: Probe, processes: Processes
 ) -> None:

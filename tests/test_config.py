@@ -1,0 +1,250 @@
+"""The settings: where they come from, and what is refused."""
+
+from __future__ import annotations
+
+import string
+import typing as t
+import warnings
+
+import pytest
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flask_beanqueue import BeanQueue, Config, ConfigError
+
+
+def test_a_setting_comes_from_the_app_else_the_environment_else_the_default() -> None:
+    environ = {"BQ_BATCH_SIZE": "20", "BQ_CONCURRENCY": "30"}
+    config = Config.load({"BQ_BATCH_SIZE": 10}, environ)
+    assert (config.BATCH_SIZE, config.CONCURRENCY, config.MAX_CRASHES) == (10, 30, 3)
+
+
+def test_an_empty_app_has_the_defaults() -> None:
+    assert Config.load({}, {}) == Config()
+
+
+def test_init_app_reads_the_environment(
+    db: SQLAlchemy, bq: BeanQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BQ_MAX_CRASHES", "7")
+    app = Flask(__name__)
+    app.config["SQLALCHEMY_DATABASE_URI"] = "postgresql+psycopg2://nowhere.invalid/none"
+    db.init_app(app)
+    bq.init_app(app)
+    assert (bq.config(app).MAX_CRASHES, app.config["BQ_MAX_CRASHES"]) == (7, 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("PROCESSOR_PACKAGES", ["a.b", "c"], ["a.b", "c"]),
+        ("PROCESSOR_PACKAGES", ("a.b",), ["a.b"]),
+        ("PROCESSOR_PACKAGES", [], []),
+        ("BATCH_SIZE", 1, 1),
+        ("POLL_TIMEOUT", 2, 2.0),
+        ("POLL_TIMEOUT", 0.5, 0.5),
+        ("POLL_TIMEOUT", None, None),
+        ("LISTEN", False, False),
+        ("TASK_MODEL", "a.Task", "a.Task"),
+        ("TASK_MODEL", None, None),
+        ("UNKNOWN_GRACE", 0, 0.0),
+    ],
+)
+def test_a_value_of_the_right_type_is_taken_from_the_app(
+    name: str, value: t.Any, wanted: t.Any
+) -> None:
+    found = getattr(Config.load({f"BQ_{name}": value}, {}), name)
+    assert (found, type(found)) == (wanted, type(wanted))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "wanted"),
+    [
+        ("PROCESSOR_PACKAGES", '["a.b", "c"]', ["a.b", "c"]),
+        ("PROCESSOR_PACKAGES", "[]", []),
+        ("BATCH_SIZE", "100", 100),
+        ("POLL_TIMEOUT", "2", 2.0),
+        ("POLL_TIMEOUT", "0.5", 0.5),
+        ("POLL_TIMEOUT", "null", None),
+        ("LISTEN", "0", False),
+        ("LISTEN", "1", True),
+        ("LISTEN", "False", False),
+        ("LISTEN", " true ", True),
+        ("NOTIFY", "off", False),
+        ("NOTIFY", "on", True),
+        ("SUCCESS_EVENTS", "YES", True),
+        ("SUCCESS_EVENTS", "no", False),
+        ("WORKER_MODEL", "a.Worker", "a.Worker"),
+    ],
+)
+def test_a_value_is_read_from_the_text_of_the_environment(
+    name: str, text: str, wanted: t.Any
+) -> None:
+    found = getattr(Config.load({}, {f"BQ_{name}": text}), name)
+    assert (found, type(found)) == (wanted, type(wanted))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("PROCESSOR_PACKAGES", "a.b", "must be a list of text .*, not 'a.b'"),
+        ("PROCESSOR_PACKAGES", ["a", 1], "must be a list of text"),
+        ("BATCH_SIZE", "10", "must be a whole number, not '10'"),
+        ("BATCH_SIZE", 1.0, "must be a whole number"),
+        ("BATCH_SIZE", True, "must be a whole number"),
+        ("BATCH_SIZE", None, "must be a whole number"),
+        ("BATCH_SIZE", 0, "must be 1 or more"),
+        ("CONCURRENCY", -1, "must be 1 or more"),
+        ("MAX_CRASHES", 0, "must be 1 or more"),
+        ("POLL_TIMEOUT", True, "must be a number of seconds or None, not True"),
+        ("POLL_TIMEOUT", 0, "above 0, .* or unset"),
+        ("POLL_TIMEOUT", float("inf"), "at most 1000000, or unset"),
+        ("POLL_TIMEOUT", float("nan"), "above 0, .* or unset"),
+        ("POLL_TIMEOUT", 3e6, "at most 1000000, or unset"),  # select() would refuse it
+        ("POLL_TIMEOUT", 10**400, "must be a number of seconds or None"),
+        ("WORKER_HEARTBEAT_PERIOD", 0, "above 0"),
+        ("WORKER_HEARTBEAT_TIMEOUT", float("inf"), "above 0"),
+        ("SHUTDOWN_TIMEOUT", -1, "0 or more"),
+        ("UNKNOWN_GRACE", float("nan"), "0 or more"),
+        ("LISTEN", 1, "must be true or false, not 1"),
+        ("NOTIFY", "yes", "must be true or false"),
+        ("EVENT_MODEL", 1, "must be text or None, not 1"),
+    ],
+)
+def test_a_wrong_value_from_the_app_is_refused_by_name(name: str, value: t.Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=f"^BQ_{name} .*{words}"):
+        Config.load({f"BQ_{name}": value}, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("PROCESSOR_PACKAGES", "my_app.tasks", r'JSON, such as \["my_app.tasks"\]'),
+        ("PROCESSOR_PACKAGES", '{"a": 1}', "must be a list of text"),
+        ("BATCH_SIZE", "many", "must be a whole number, not 'many'"),
+        ("BATCH_SIZE", "", "must be a whole number, not ''"),
+        ("BATCH_SIZE", "1.5", "must be a whole number"),
+        ("BATCH_SIZE", "true", "must be a whole number"),
+        ("POLL_TIMEOUT", "5s", "must be a number of seconds"),
+        ("POLL_TIMEOUT", "Infinity", "above 0"),
+        ("LISTEN", "maybe", "must be true or false, not 'maybe'"),
+        ("LISTEN", "", "must be true or false"),
+    ],
+)
+def test_a_wrong_text_in_the_environment_is_refused_by_name(
+    name: str, text: str, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"BQ_{name} .*{words}"):
+        Config.load({}, {f"BQ_{name}": text})
+
+
+def test_a_wrong_value_is_refused_at_init_app(db: SQLAlchemy, bq: BeanQueue) -> None:
+    app = Flask(__name__)
+    app.config["SQLALCHEMY_DATABASE_URI"] = "postgresql+psycopg2://nowhere.invalid/none"
+    app.config["BQ_BATCH_SIZE"] = "10"
+    db.init_app(app)
+    with pytest.raises(ConfigError, match="BQ_BATCH_SIZE"):
+        bq.init_app(app)
+
+
+def test_an_idle_worker_sleeps_long_where_it_listens_and_shortly_where_it_does_not() -> None:
+    assert Config().poll_timeout == 30
+    assert Config(LISTEN=False).poll_timeout == 1
+    assert Config(POLL_TIMEOUT=7.0).poll_timeout == 7
+    assert Config(POLL_TIMEOUT=7.0, LISTEN=False).poll_timeout == 7
+
+
+def test_a_heartbeat_must_fit_twice_into_its_timeout() -> None:
+    Config(WORKER_HEARTBEAT_PERIOD=5.0, WORKER_HEARTBEAT_TIMEOUT=10.0)
+    with pytest.raises(ConfigError, match=r"TIMEOUT \(9.5 s\) .* BQ_WORKER_HEARTBEAT_PERIOD \(5 s"):
+        Config(WORKER_HEARTBEAT_PERIOD=5.0, WORKER_HEARTBEAT_TIMEOUT=9.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("BQ_CONCURENCY", "BQ_CONCURRENCY"),
+        ("BQ_PROCESSOR_PACKAGE", "BQ_PROCESSOR_PACKAGES"),
+        ("BQ_HEARTBEAT_TIMEOUT", "BQ_WORKER_HEARTBEAT_TIMEOUT"),
+        ("BQ_POLLTIMEOUT", "BQ_POLL_TIMEOUT"),
+    ],
+)
+@pytest.mark.parametrize("place", ["app", "environment"])
+def test_a_near_miss_is_warned_about(name: str, meant: str, place: str) -> None:
+    app, environ = ({name: 1}, {}) if place == "app" else ({}, {name: "1"})
+    with pytest.warns(UserWarning, match=f"{name} is no setting .* Did you mean {meant}?"):
+        assert Config.load(app, environ) == Config()
+
+
+def test_the_warning_points_at_the_line_that_called_init_app(db: SQLAlchemy, bq: BeanQueue) -> None:
+    app = Flask(__name__)
+    app.config["SQLALCHEMY_DATABASE_URI"] = "postgresql+psycopg2://nowhere.invalid/none"
+    app.config["BQ_CONCURENCY"] = 2
+    db.init_app(app)
+    with pytest.warns(UserWarning, match="BQ_CONCURENCY") as caught:
+        bq.init_app(app)
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    "name", ["BQ_DATASET", "BQ_PROJECT_ID", "BQ_LOCATION", "BQ_DATABASE_URL", "CONCURENCY", "BQ_"]
+)
+def test_other_names_are_left_alone(name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Config.load({name: "x"}, {name: "x"}) == Config()
+
+
+NAMES = [f"BQ_{name}" for name in vars(Config())]
+HINTS = t.get_type_hints(Config)
+ODD_VALUES = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(min_value=10**300, max_value=10**400)
+    | st.floats()
+    | st.text(max_size=10)
+    | st.lists(st.none() | st.integers() | st.text(max_size=10), max_size=3)
+    | st.dictionaries(st.text(max_size=3), st.integers(), max_size=2)
+)
+ODD_TEXTS = st.text(alphabet=string.printable, max_size=12) | st.sampled_from(
+    ["1e999", "1" * 5000, "[" * 5000, "-0", "1_000", "NaN", "null", "\ud800", "[null]", '["a"]']
+)
+
+
+def is_of_declared_type(name: str, value: t.Any) -> bool:
+    hint = HINTS[name.removeprefix("BQ_")]
+    if hint == list[str]:
+        return type(value) is list and all(isinstance(item, str) for item in value)
+    return type(value) in (t.get_args(hint) or (hint,))
+
+
+def loads_or_names_the_setting(
+    settings: dict[str, t.Any], environ: dict[str, str], name: str
+) -> None:
+    try:
+        config = Config.load(settings, environ)
+    except ConfigError as refused:
+        error = refused
+    else:
+        for each in NAMES:
+            assert is_of_declared_type(each, getattr(config, each.removeprefix("BQ_")))
+        assert 0 < config.poll_timeout < 2**31 / 1000  # what select() takes
+        return
+    assert name in str(error)
+
+
+@given(name=st.sampled_from(NAMES), value=ODD_VALUES)
+def test_any_value_from_the_app_is_of_the_declared_type_or_refused_by_name(
+    name: str, value: t.Any
+) -> None:
+    loads_or_names_the_setting({name: value}, {}, name)
+
+
+@given(name=st.sampled_from(NAMES), text=ODD_TEXTS)
+def test_any_text_in_the_environment_is_of_the_declared_type_or_refused_by_name(
+    name: str, text: str
+) -> None:
+    loads_or_names_the_setting({}, {name: text}, name)
