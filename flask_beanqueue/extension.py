@@ -103,6 +103,7 @@ class BeanQueue:
         for name, value in vars(config).items():
             app.config.setdefault(f"{PREFIX}{name}", value)
         app.extensions["beanqueue"] = self
+        app.shell_context_processor(lambda: {"bq": self})
 
         from .cli import bq_cli
 
@@ -318,17 +319,17 @@ class BeanQueue:
         held = self.queries.held(connection, task_id)
         if held is None:
             raise LookupError(f"There is no task {task_id}.")
-        claim = current_claim.get(None)
-        own = claim is not None and claim.id == task_id
-        if held.state != PROCESSING:
-            raise TaskStateError(f"Task {task_id} is {held.state}; only a running one can be ended.")
-        if not (held.parked or own):
+        claim, state, parked = held
+        own = current_claim.get(None)
+        if own is not None and own.id == task_id:
+            claim = own  # with its own number of claims: it may be lost by now
+        elif state == PROCESSING and not parked:
             raise TaskStateError(
                 f"Task {task_id} is still with its worker. It can be ended once its processor has"
                 " returned; if a webhook came early, answer it with an error so that it comes again."
             )
-        if claim is None or not own:
-            claim = Claim("", task_id, held.claims, held.channel, "", "", {}, 0, 0.0, 0, 0, None)
+        if state != PROCESSING:
+            raise TaskStateError(f"Task {task_id} is {state}; only a running one can be ended.")
         if not outcomes.write(self.queries, connection, [decide(claim)]):
             raise TaskStateError(f"Task {task_id} was taken from this worker.")
         claim.fenced_in = session.get_nested_transaction() or session.get_transaction()
@@ -388,8 +389,10 @@ def load_model(setting: str, name: str) -> type[t.Any]:
     module, _, attribute = name.rpartition(".")
     try:
         model = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"{setting} names {name}, which cannot be imported: {error}") from error
+    if not isinstance(model, type) or sa.inspect(model, raiseerr=False) is None:
+        raise ConfigError(f"{setting} names {name}, which is no model but {model!r}.")
     return t.cast(type[t.Any], model)
 
 

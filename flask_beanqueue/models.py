@@ -165,6 +165,8 @@ class TaskModelRefWorkerMixin:
     #: The table and the class of the workers.
     bq_worker_table: t.ClassVar[str] = "bq_workers"
     bq_worker_class: t.ClassVar[str] = "BQWorker"
+    #: The relationship back; None if there is none.
+    bq_worker_tasks: t.ClassVar[str | None] = "tasks"
 
     @declared_attr
     def worker_id(cls) -> Mapped[uuid.UUID | None]:
@@ -177,7 +179,9 @@ class TaskModelRefWorkerMixin:
 
     @declared_attr
     def worker(cls) -> Mapped[t.Any]:
-        return sa_orm.relationship(cls.bq_worker_class, back_populates="tasks", uselist=False)
+        return sa_orm.relationship(
+            cls.bq_worker_class, back_populates=cls.bq_worker_tasks, uselist=False
+        )
 
 
 class TaskModelRefParentMixin:
@@ -214,12 +218,13 @@ class TaskModelRefEventMixin:
     """Relationship from a task to its events."""
 
     bq_event_class: t.ClassVar[str] = "BQEvent"
+    bq_event_task: t.ClassVar[str | None] = "task"
 
     @declared_attr
     def events(cls) -> Mapped[list[t.Any]]:
         return sa_orm.relationship(
             cls.bq_event_class,
-            back_populates="task",
+            back_populates=cls.bq_event_task,
             cascade="all, delete-orphan",
             passive_deletes=True,
             order_by=f"{cls.bq_event_class}.id",
@@ -255,12 +260,13 @@ class WorkerRefMixin:
     """Relationship from a worker to the tasks that it claimed."""
 
     bq_task_class: t.ClassVar[str] = "BQTask"
+    bq_task_worker: t.ClassVar[str | None] = "worker"
 
     @declared_attr
     def tasks(cls) -> Mapped[list[t.Any]]:
         return sa_orm.relationship(
             cls.bq_task_class,
-            back_populates="worker",
+            back_populates=cls.bq_task_worker,
             passive_deletes=True,
             order_by=f"{cls.bq_task_class}.id",
         )
@@ -296,6 +302,7 @@ class EventModelRefTaskMixin:
     #: The table and the class of the tasks.
     bq_task_table: t.ClassVar[str] = "bq_tasks"
     bq_task_class: t.ClassVar[str] = "BQTask"
+    bq_task_events: t.ClassVar[str | None] = "events"
 
     @declared_attr
     def task_id(cls) -> Mapped[uuid.UUID]:
@@ -308,7 +315,9 @@ class EventModelRefTaskMixin:
 
     @declared_attr
     def task(cls) -> Mapped[t.Any]:
-        return sa_orm.relationship(cls.bq_task_class, back_populates="events", uselist=False)
+        return sa_orm.relationship(
+            cls.bq_task_class, back_populates=cls.bq_task_events, uselist=False
+        )
 
 
 class Models(t.NamedTuple):
@@ -355,12 +364,21 @@ def make_models(
         "worker": worker.__table__.fullname if worker else "bq_workers",
     }
 
-    def make(name: str, tablename: str, *mixins: type, **refers: str) -> t.Any:
+    def back(model: t.Any, relationship: str) -> str | None:
+        """The relationship back, unless an own model is without it."""
+        return relationship if model is None or hasattr(model, relationship) else None
+
+    def refers(model: t.Any, column: str) -> bool:
+        """Whether there is a foreign key for a relationship to use."""
+        return model is None or bool(model.__table__.c[column].foreign_keys)
+
+    def make(name: str, tablename: str, *mixins: type, **refers: str | None) -> t.Any:
         body = {"__tablename__": tablename, "__module__": __name__, **refers}
         if bind_key is not None:
             body["__bind_key__"] = bind_key
         return type(base)(name, (*mixins, base), body)
 
+    own_task = task
     if task is None:
         task = make(
             "BQTask",
@@ -368,24 +386,31 @@ def make_models(
             TaskModelMixin,
             TaskModelRefWorkerMixin,
             TaskModelRefParentMixin,
-            TaskModelRefEventMixin,
+            *([TaskModelRefEventMixin] if refers(event, "task_id") else []),
             bq_worker_table=tables["worker"],
             bq_worker_class=names["worker"],
+            bq_worker_tasks=back(worker, "tasks"),
             bq_event_class=names["event"],
+            bq_event_task=back(event, "task"),
         )
     if worker is None:
-        mixins = (WorkerModelMixin, WorkerRefMixin)
-        if not hasattr(task, "worker"):  # an own task model without the way back
-            mixins = (WorkerModelMixin,)
-        worker = make("BQWorker", "bq_workers", *mixins, bq_task_class=names["task"])
+        worker = make(
+            "BQWorker",
+            "bq_workers",
+            WorkerModelMixin,
+            *([WorkerRefMixin] if refers(own_task, "worker_id") else []),
+            bq_task_class=names["task"],
+            bq_task_worker=back(own_task, "worker"),
+        )
     if event is None:
-        mixins = (EventModelMixin, EventModelRefTaskMixin)
         event = make(
             "BQEvent",
             "bq_events",
-            *mixins,
+            EventModelMixin,
+            EventModelRefTaskMixin,
             bq_task_table=tables["task"],
             bq_task_class=names["task"],
+            bq_task_events=back(own_task, "events"),
         )
     models = Models(task, worker, event)
     add_constraints(models)
@@ -421,15 +446,15 @@ def require(model: t.Any, mixin: type) -> None:
         for name in vars(mixin)
         if isinstance(vars(mixin)[name], (sa_orm.MappedColumn, declared_attr)) and name != "name"
     }
-    if mixin is TaskModelMixin:
-        columns.add("worker_id")
+    # Another mixin has the column that refers to another table.
+    others = {"worker_id": TaskModelRefWorkerMixin, "task_id": EventModelRefTaskMixin}
+    columns |= {TaskModelMixin: {"worker_id"}, EventModelMixin: {"task_id"}}.get(mixin, set())
     missing = sorted(columns - set(sa.inspect(model).columns.keys()))
     if missing:
+        mixins = sorted({others.get(name, mixin).__name__ for name in missing})
         raise TypeError(
             f"{model.__module__}.{model.__name__} has no column {', '.join(missing)}."
-            f" Let it derive from flask_beanqueue.{mixin.__name__}"
-            + (" and TaskModelRefWorkerMixin" if "worker_id" in missing else "")
-            + "."
+            f" Let it derive from flask_beanqueue.{' and '.join(mixins)}."
         )
 
 

@@ -44,6 +44,10 @@ class Outcome:
     delay: float | None = None
     scheduled_at: datetime.datetime | None = None
 
+    def is_plain(self) -> bool:
+        """Whether this is what nearly all tasks come to: DONE, and nothing to add."""
+        return self.state == DONE and self.event is None and self.attempts == 1
+
     def settlement(self) -> Settlement:
         return {
             "id": str(self.claim.id),
@@ -163,7 +167,7 @@ def write(
     The rest has been claimed by somebody else, cancelled or deleted in the meantime: whatever
     belongs to it must not be committed.
     """
-    plain = [outcome for outcome in outcomes if outcome.state == DONE and not outcome.event]
+    plain = [outcome for outcome in outcomes if outcome.is_plain()]
     written: set[uuid.UUID] = set()
     if plain:
         written = queries.finish(connection, [(each.claim, each.result) for each in plain])

@@ -272,8 +272,8 @@ class Queries:
         """)
 
         # What a call from outside needs to know of a task that it ends.
-        self._held = self._text("""
-            SELECT state, claims, parked, channel FROM {tasks} WHERE id = :id FOR NO KEY UPDATE
+        self._held = self._returning_claims("""
+            SELECT {claim}, state, parked FROM {tasks} WHERE id = :id FOR NO KEY UPDATE
         """)
 
         self._notify = self._text("SELECT pg_notify(:channel, '')")
@@ -436,9 +436,13 @@ class Queries:
         row = connection.execute(self._hold, {"id": claim.id, "claims": claim.claims}).first()
         return None if row is None else row.state
 
-    def held(self, connection: Connection, task_id: uuid.UUID) -> t.Any:
-        """Lock a task's row, and return its state, claims, parked and channel."""
-        return connection.execute(self._held, {"id": task_id}).first()
+    def held(
+        self, connection: Connection, task_id: uuid.UUID
+    ) -> tuple[Claim, str, bool] | None:
+        """Lock a task's row until the commit; return its last claim, its state, and whether it is
+        parked."""
+        row = connection.execute(self._held, {"id": task_id}).first()
+        return None if row is None else (Claim(*row[:-2]), row.state, row.parked)
 
     # What an app asks.
 
