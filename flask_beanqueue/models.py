@@ -444,8 +444,10 @@ def require(model: t.Any, mixin: type) -> None:
     columns = {
         name
         for name in vars(mixin)
-        if isinstance(vars(mixin)[name], (sa_orm.MappedColumn, declared_attr)) and name != "name"
+        if isinstance(vars(mixin)[name], (sa_orm.MappedColumn, declared_attr))
     }
+    if mixin is TaskModelMixin:
+        columns.remove("name")  # the synonym
     # Another mixin has the column that refers to another table.
     others = {"worker_id": TaskModelRefWorkerMixin, "task_id": EventModelRefTaskMixin}
     columns |= {TaskModelMixin: {"worker_id"}, EventModelMixin: {"task_id"}}.get(mixin, set())

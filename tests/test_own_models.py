@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-import sqlalchemy.orm as sa_orm
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.dialects.postgresql import UUID
@@ -209,19 +208,18 @@ def module(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 
 
 Queue = tuple[Flask, SQLAlchemy, BeanQueue]
+MakeQueue = Callable[..., Queue]
 
 
-@pytest.fixture(params=["classes", "dotted names"])
-def make_queue(
-    request: pytest.FixtureRequest, make_app: MakeApp, module: Any, database_url: str
-) -> Callable[[Callable[[Any], Own]], Queue]:
-    """Sets an app up whose queue has own models, given in either way."""
+@pytest.fixture
+def make_queue(make_app: MakeApp, module: Any, database_url: str) -> MakeQueue:
+    """Sets an app up whose queue has own models."""
 
-    def make(kind: Callable[[Any], Own]) -> Queue:
+    def make(kind: Callable[[Any], Own], *, dotted_names: bool = False) -> Queue:
         query(database_url, "CREATE SCHEMA house")
         db = SQLAlchemy()
         own = kind(db)
-        if request.param == "classes":
+        if not dotted_names:
             bq = BeanQueue(db=db, **own)
             return make_app(db, bq), db, bq
         settings = {}
@@ -235,9 +233,7 @@ def make_queue(
 
 
 @pytest.fixture(params=KINDS, ids=lambda kind: kind.__name__)
-def queue(
-    request: pytest.FixtureRequest, make_queue: Callable[[Callable[[Any], Own]], Queue]
-) -> Queue:
+def queue(request: pytest.FixtureRequest, make_queue: MakeQueue) -> Queue:
     return make_queue(request.param)
 
 
@@ -246,8 +242,8 @@ def table(model: Any) -> str:
     return str(preparer.format_table(model.__table__))
 
 
-def test_own_models_do_tasks(queue: Queue, database_url: str) -> None:
-    app, db, bq = queue
+def does_tasks(app: Flask, db: SQLAlchemy, bq: BeanQueue) -> None:
+    """Tasks go all the way: made in each way, done, failed with an event, made by another."""
 
     @bq.processor()
     def double(db: Any, task: Any, number: int) -> int:
@@ -289,17 +285,43 @@ def test_own_models_do_tasks(queue: Queue, database_url: str) -> None:
             assert tasks[3].parent is tasks[0]
 
 
+def test_own_models_do_tasks(queue: Queue) -> None:
+    does_tasks(*queue)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [as_in_the_readme_of_beanqueue, own_task, own_worker, own_event, all_own],
+    ids=lambda kind: kind.__name__,
+)
+def test_own_models_may_be_given_by_their_dotted_names(make_queue: MakeQueue, kind: Any) -> None:
+    does_tasks(*make_queue(kind, dotted_names=True))
+
+
+def test_dotted_names_are_enough_where_the_app_is_known(
+    make_app: MakeApp, module: Any, db: SQLAlchemy
+) -> None:
+    module.Machine = own_worker(db)["worker_model"]
+    app = make_app(db, BQ_WORKER_MODEL="house_models.Machine")
+    bq = BeanQueue(app)
+    assert bq.Worker is module.Machine
+    with app.app_context():
+        db.create_all()
+    does_tasks(app, db, bq)
+
+
 @pytest.fixture
-def stopped(queue: Queue) -> Iterator[Any]:
-    """A worker in a thread, which ends with the test."""
+def worker(queue: Queue) -> Iterator[threading.Thread]:
+    """A worker in a thread that is still to be started."""
     app, _, bq = queue
     bq.processor()(survive)
     worker = bq.worker(app=app)
     thread = threading.Thread(target=worker.run)
     yield thread
     worker.stop()
-    thread.join(30)
-    assert not thread.is_alive()
+    if thread.ident is not None:
+        thread.join(30)
+        assert not thread.is_alive()
 
 
 def survive() -> None:
@@ -307,7 +329,7 @@ def survive() -> None:
 
 
 def test_a_worker_takes_over_what_another_left(
-    queue: Queue, stopped: threading.Thread, database_url: str, probe: Probe
+    queue: Queue, worker: threading.Thread, database_url: str, probe: Probe
 ) -> None:
     app, db, bq = queue
     with app.app_context():
@@ -321,7 +343,7 @@ def test_a_worker_takes_over_what_another_left(
         )
         db.session.commit()
     probe.listen_states(table(bq.Task))
-    stopped.start()
+    worker.start()
     probe.wait("survive PENDING")
     probe.wait("survive DONE")
     [row] = query(database_url, f"SELECT state, claims, attempts, crashes FROM {table(bq.Task)}")
@@ -346,7 +368,7 @@ def test_own_tables_get_the_queues_indexes_and_checks(queue: Queue) -> None:
 
 
 def test_columns_of_ones_own_are_there_to_be_used(
-    make_queue: Callable[[Callable[[Any], Own]], Queue],
+    make_queue: MakeQueue,
 ) -> None:
     app, db, bq = make_queue(own_task_with_all_references)
     seen = []
@@ -365,7 +387,7 @@ def test_columns_of_ones_own_are_there_to_be_used(
 
 
 def test_the_cascade_of_an_own_worker_model_is_the_apps(
-    make_queue: Callable[[Callable[[Any], Own]], Queue], database_url: str
+    make_queue: MakeQueue, database_url: str
 ) -> None:
     app, db, bq = make_queue(as_in_the_readme_of_beanqueue)
     with app.app_context():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 import types
@@ -52,7 +54,7 @@ def load(path: Path) -> Any:
 
 def shell(script: str, folder: Path) -> str:
     """Run a block as a person would, and return what it prints."""
-    result = subprocess.run(
+    process = subprocess.Popen(
         ["bash", "-euo", "pipefail", "-c", script],
         cwd=folder,
         env=os.environ
@@ -65,10 +67,15 @@ def shell(script: str, folder: Path) -> str:
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
         text=True,
-        timeout=100,
+        process_group=0,
     )
-    assert result.returncode == 0, result.stdout
-    return result.stdout
+    try:
+        output, _ = process.communicate(timeout=100)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # also what a block started behind its back
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output
+    return output
 
 
 def test_every_block_of_the_readme_is_run_here() -> None:
@@ -110,7 +117,7 @@ def test_the_tutorial_runs(app_py: Path, tmp_path: Path, database_url: str) -> N
     until = (
         "until python -c 'import os, sys; sys.path.insert(0, os.environ[\"PYTHONPATH\"]);"
         " from tests.probe import query; sys.exit(not query(os.environ[\"DATABASE_URL\"],"
-        ' "SELECT FROM bq_tasks WHERE func_name = %s AND state = %s", "wrap", "{}"))'
+        ' "SELECT 1 FROM bq_tasks WHERE func_name = %s AND state = %s", "wrap", "{}"))'
         "'; do :; done"
     )
     assert "& sleep 3" in kill
