@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import typing as t
 
 import sqlalchemy as sa
@@ -81,7 +82,8 @@ def perform(
     if signals.task_started.receivers:
         signals.send(signals.task_started, app, task=attach_task(bq, claim))
     injected = bq.injection(processor.injected)
-    log.debug("%s starts", claim.name, extra=claim.log_extra())
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("%s starts", claim.name, extra=claim.log_extra())
     result = processor.func(**injected, **claim.kwargs)
     if (savepoint := injected.get("savepoint")) is not None and savepoint.is_active:
         savepoint.commit()

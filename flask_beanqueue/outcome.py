@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import logging
 import traceback
 import typing as t
 import uuid
@@ -183,11 +184,15 @@ def announce(app: t.Any, outcome: Outcome, task: t.Callable[[], t.Any]) -> None:
 
     :param task: makes the task for the receivers, if there are any.
     """
-    claim, extra = outcome.claim, outcome.claim.log_extra()
+    claim = outcome.claim
     if outcome.state == DONE:
-        log.debug("%s is done", claim.name, extra=extra)
-        signal = signals.task_succeeded
-    elif outcome.state == FAILED:
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s is done", claim.name, extra=claim.log_extra())
+        if signals.task_succeeded.receivers:
+            signals.send(signals.task_succeeded, app, task=task())
+        return
+    extra = claim.log_extra()
+    if outcome.state == FAILED:
         log.error("%s failed: %s", claim.name, outcome.error_message, extra=extra)
         signal = signals.task_failed
     elif outcome.event == "RETRIED":
@@ -198,8 +203,7 @@ def announce(app: t.Any, outcome: Outcome, task: t.Callable[[], t.Any]) -> None:
             log.warning("%s waits again: %s", claim.name, outcome.error_message, extra=extra)
         return
     if signal.receivers:
-        error = {} if outcome.state == DONE else {"error": outcome.error_message}
-        signals.send(signal, app, task=task(), **error)
+        signals.send(signal, app, task=task(), error=outcome.error_message)
 
 
 def lost(claim: Claim) -> None:

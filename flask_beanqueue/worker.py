@@ -47,6 +47,8 @@ GIVE_BACK_AFTER = 0.5
 #: A look from the front may take one twentieth of the time, and comes after a second at most.
 LOOK_SHARE = 20
 LOOK_WITHIN = 1.0
+#: Levels that a worker keeps in mind although nothing waits there.
+MANY_LEVELS = 100
 #: Weight of the newest duration in their running mean.
 NEWEST = 0.1
 
@@ -100,6 +102,7 @@ class Worker:
         self._ready: queue.SimpleQueue[Claim | None] = queue.SimpleQueue()
         self._running: dict[int, tuple[Claim, float]] = {}
         self._done: collections.deque[Done] = collections.deque()
+        self._unsure: set[uuid.UUID] = set()
         #: A task that was in a crash, and waits until it can run alone; or does so.
         self._suspect: Claim | None = None
         self._suspect_runs = False
@@ -152,7 +155,11 @@ class Worker:
             engines = list(self.bq.db.engines.values())
         with self._bell(), named(engines, self.id), self._signal_handlers():
             self._connection = connect(self.engine)
-            self.bq.queries.add_worker(self._connection, self.id, self.name, self.channels)
+            try:
+                self.bq.queries.add_worker(self._connection, self.id, self.name, self.channels)
+            except BaseException:
+                self._disconnect()
+                raise
             heartbeat = Heartbeat(
                 self.engine,
                 self.bq.queries,
@@ -238,6 +245,7 @@ class Worker:
             try:
                 self._fill()
                 self._flush()
+                self._start_suspect()
                 self._give_back_waiting()
             except TROUBLE as error:
                 self._reconnect(error)
@@ -264,6 +272,7 @@ class Worker:
                         self._flush(everything=True)
                         self._give_back(list(self._held.values()))
                     if not self._held:
+                        heartbeat.stop()  # or it would take the retired for the dead
                         self.bq.queries.retire(self._connected(), self.id)
                         break
                 except TROUBLE as error:
@@ -288,10 +297,7 @@ class Worker:
 
     def _fill(self) -> None:
         """Claim as much as will start within a short while."""
-        if self._suspect is not None:
-            self._start_suspect()
-            return
-        if time.monotonic() < self._quiet_until:
+        if self._suspect is not None or time.monotonic() < self._quiet_until:
             return
         connection = self._connected()
         if not self._levels:
@@ -321,7 +327,7 @@ class Worker:
         """The levels by priority; of equal ones, each channel comes first in its turn."""
         self._turns += 1
         levels = list(self._levels.values())
-        start = self._turns % len(levels)
+        start = self._turns % max(len(levels), 1)
         return sorted(levels[start:] + levels[:start], key=lambda level: level.priority)
 
     def _wanted(self) -> int:
@@ -356,6 +362,9 @@ class Worker:
         pause = max(LOOK_SHARE * (now - start), 0.01 * 2 ** min(self._fruitless, 10))
         self._next_look = now + min(pause, LOOK_WITHIN)
         self._fruitless += 1
+        if len(self._levels) > MANY_LEVELS:  # keep those that are in use
+            fronts = {(front.channel, front.priority) for front in look.fronts}
+            self._levels = {key: self._levels[key] for key in self._levels if key in fronts}
         due = False
         for front in look.fronts:
             level = self._levels.setdefault(
@@ -370,7 +379,6 @@ class Worker:
             if suspect is not None:
                 self._suspect = self._held[suspect.id] = suspect
                 self._fruitless = 0
-                self._start_suspect()
                 return False
         if due:
             return True
@@ -404,8 +412,13 @@ class Worker:
         return claims
 
     def _give_back(self, claims: list[Claim]) -> None:
-        if claims:
+        try:
             self._write([outcomes.given_back(claim) for claim in claims])
+        except BaseException:
+            for claim in claims:
+                if claim.id in self._held and claim is not self._suspect:
+                    self._ready.put(claim)
+            raise
 
     # Finishing.
 
@@ -446,7 +459,13 @@ class Worker:
         size = self.config.BATCH_SIZE
         for start in range(0, len(batch), size):
             part = batch[start : start + size]
-            written = outcomes.write(self.bq.queries, self._connected(), part)
+            connection = self._connected()
+            try:
+                written = outcomes.write(self.bq.queries, connection, part)
+            except BaseException:
+                # They may have been written although the answer was lost.
+                self._unsure.update(outcome.claim.id for outcome in part)
+                raise
             for outcome in part:
                 self._held.pop(outcome.claim.id, None)
                 if outcome.claim is self._suspect:
@@ -458,8 +477,9 @@ class Worker:
             if len(written) < len(part):
                 ids = {outcome.claim.id for outcome in written}
                 for outcome in part:
-                    if outcome.claim.id not in ids:
+                    if outcome.claim.id not in ids | self._unsure:
                         outcomes.lost(outcome.claim)
+            self._unsure.difference_update(outcome.claim.id for outcome in part)
 
     def _announce(self, outcome: Outcome) -> None:
         def announce() -> None:
@@ -563,6 +583,10 @@ class Worker:
     def _connected(self) -> Connection:
         if self._connection is None:
             connection = connect(self.engine)
+            timeout = self.config.WORKER_HEARTBEAT_TIMEOUT
+            alive, _ = self.bq.queries.beat(connection, self.id, timeout, bury=False)
+            if not alive and not self._stopping:
+                self._die()
             # A claim may have been committed whose answer was lost with the old connection.
             mine = self.bq.queries.mine(connection, self.id)
             strays = [

@@ -131,7 +131,8 @@ def _copy(install: Path, run: Path, user: int, group: int) -> Path:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    # A signal waits: initdb broken off leaves its children at work, and a server is to be known.
+    # Signals wait meanwhile. A killed initdb leaves its children at work in a folder that is being
+    # removed, and a server that was just started is not yet one that would be stopped.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -140,7 +141,8 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _end_with_parent() -> None:
-    # On Linux, the kernel shuts the server down should we be killed (PR_SET_PDEATHSIG is 1).
+    # On Linux, the kernel shuts the server down should we be killed (PR_SET_PDEATHSIG is 1), or
+    # rather, when the thread ends that started it.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGINT)
 

@@ -367,6 +367,30 @@ def test_own_tables_get_the_queues_indexes_and_checks(queue: Queue) -> None:
         assert "jobs_module" in indexes
 
 
+def test_an_index_or_check_of_ones_own_stands_in_for_the_queues(
+    make_app: MakeApp, db: SQLAlchemy
+) -> None:
+    class Job(  # type: ignore[misc]
+        fbq.TaskModelMixin,
+        fbq.TaskModelRefWorkerMixin,
+        db.Model,  # type: ignore[name-defined]
+    ):
+        __table_args__ = (
+            sa.Index("ix_job_pending", "channel"),
+            sa.CheckConstraint("state <> ''", name="ck_job_state"),
+        )
+
+    bq = BeanQueue(db=db, task_model=Job)
+    app = make_app(db, bq)
+    with app.app_context():
+        inspector = sa.inspect(bq.engine(app))
+    indexes = {each["name"]: each["column_names"] for each in inspector.get_indexes("job")}
+    assert indexes["ix_job_pending"] == ["channel"]
+    assert "ix_job_processing" in indexes
+    [check] = inspector.get_check_constraints("job")
+    assert "<>" in check["sqltext"]
+
+
 def test_columns_of_ones_own_are_there_to_be_used(
     make_queue: MakeQueue,
 ) -> None:

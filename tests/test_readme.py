@@ -125,7 +125,6 @@ def test_the_tutorial_runs(app_py: Path, tmp_path: Path, database_url: str) -> N
     kill = kill.replace("& sleep 3", "& " + until.format("PROCESSING"))
     kill = kill.replace("& sleep 8", "& " + until.format("DONE"))
     output = shell(kill, tmp_path)
-    assert "wrapping, for the time no. 1" in output
     assert "wrapping, for the time no. 2" in output
     assert "DONE 2 1 rescuer" in output
     assert "says `DONE 2 1 rescuer`" in README
