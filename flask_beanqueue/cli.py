@@ -101,11 +101,14 @@ def worker_command(
         forget_connections(app, bq)
         return run(make(index))
 
+    def serve() -> None:
+        run(stopped_at_exit(make()))
+
     with readable_errors():
         if reloads:
             if processes > 1:
                 raise click.UsageError("--reload works with one process.")
-            run_with_reloader(lambda: run(stopped_at_exit(make())))
+            run_with_reloader(serve)
         elif processes > 1:
             make()  # says what is wrong once, not once in each process
             if code := Supervisor(work, processes).run():
@@ -177,9 +180,7 @@ def create_tables_command() -> None:
     help="The task's arguments, as a JSON object.  [default: {}]",
     metavar="JSON",
 )
-@click.option(
-    "--priority", type=int, default=0, show_default=True, help="The smaller comes first."
-)
+@click.option("--priority", type=int, default=0, show_default=True, help="The smaller comes first.")
 @with_appcontext
 def submit_command(channel: str, module: str, func: str, kwargs: str, priority: int) -> None:
     """Put a task into CHANNEL for the processor FUNC of MODULE, and print its id.

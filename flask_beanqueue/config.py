@@ -78,7 +78,8 @@ class Config:
             raise ConfigError(
                 f"{PREFIX}WORKER_HEARTBEAT_TIMEOUT ({self.WORKER_HEARTBEAT_TIMEOUT:g} s) must be"
                 f" at least twice {PREFIX}WORKER_HEARTBEAT_PERIOD"
-                f" ({self.WORKER_HEARTBEAT_PERIOD:g} s), or a healthy worker would be declared dead."
+                f" ({self.WORKER_HEARTBEAT_PERIOD:g} s), or a healthy worker would be declared"
+                " dead."
             )
 
     @property

@@ -20,12 +20,12 @@ def connect(engine: Engine) -> Connection:
         connection.detach()
         # Autocommit follows the session's default, and a claim must see what was committed
         # meanwhile. SET only where it is needed: a pooler may not keep it.
-        level = connection.scalar(sa.text("SELECT current_setting('default_transaction_isolation')"))
+        level = connection.scalar(
+            sa.text("SELECT current_setting('default_transaction_isolation')")
+        )
         if level != "read committed":
             connection.execute(
-                sa.text(
-                    "SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL READ COMMITTED"
-                )
+                sa.text("SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL READ COMMITTED")
             )
     except BaseException:
         connection.close()

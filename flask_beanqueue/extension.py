@@ -14,19 +14,23 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 
 from . import outcome as outcomes
+from . import worker as workers
 from .claim import Claim, current_claim, current_task_id
 from .config import PREFIX, Config, ConfigError
 from .executor import attach_task, listen_session
 from .models import PROCESSING, Models, make_models, uuid7
 from .notify import listen_events
-from .processor import Exceptions, Options, Processor, Registry, import_packages
+from .processor import (
+    AnyProcessor,
+    Decorator,
+    Exceptions,
+    Options,
+    Processor,
+    Registry,
+    import_packages,
+)
 from .queries import Queries
 from .retry import RetryPolicy
-from .worker import Worker
-
-P = t.ParamSpec("P")
-Q = t.ParamSpec("Q")
-R = t.TypeVar("R")
 
 
 class TaskStateError(RuntimeError):
@@ -128,7 +132,7 @@ class BeanQueue:
     def _make_models(self, config: Config | None = None) -> None:
         own = dict(self._own_models)
         if config is not None:
-            for setting, model in own.items():
+            for setting in own:
                 if (name := getattr(config, setting)) is not None:
                     own[setting] = load_model(f"{PREFIX}{setting}", name)
                     if self._models is not None and own[setting] is not self._model(setting):
@@ -186,7 +190,8 @@ class BeanQueue:
 
     @property
     def queries(self) -> Queries:
-        assert self.models is not None and self._queries is not None
+        assert self.models is not None
+        assert self._queries is not None
         return self._queries
 
     def config(self, app: Flask) -> Config:
@@ -205,7 +210,9 @@ class BeanQueue:
             engines = self.db.engines
             if bind_key not in engines:
                 where = (
-                    "SQLALCHEMY_DATABASE_URI" if bind_key is None else f"SQLALCHEMY_BINDS[{bind_key!r}]"
+                    "SQLALCHEMY_DATABASE_URI"
+                    if bind_key is None
+                    else f"SQLALCHEMY_BINDS[{bind_key!r}]"
                 )
                 raise RuntimeError(f"The queue lives in the bind {bind_key!r}: set {where}.")
             return engines[bind_key]
@@ -219,7 +226,7 @@ class BeanQueue:
         retry_policy: RetryPolicy | None = None,
         retry_exceptions: Exceptions | None = None,
         auto_complete: bool = True,
-    ) -> t.Any:
+    ) -> Decorator:
         """Make a function the processor of tasks.
 
         Parameters called ``db``, ``task`` and ``savepoint`` are filled in by the worker: the
@@ -237,8 +244,8 @@ class BeanQueue:
             raise TypeError('Write @bq.processor(channel="…"), or @bq.processor() for the default.')
         options = Options(channel)
 
-        def decorate(func: t.Callable[..., t.Any]) -> Processor[t.Any, t.Any, t.Any]:
-            processor: Processor[t.Any, t.Any, t.Any] = Processor(
+        def decorate(func: t.Callable[..., t.Any]) -> AnyProcessor:
+            processor: AnyProcessor = Processor(
                 self,
                 func,
                 options,
@@ -249,7 +256,7 @@ class BeanQueue:
             self.registry.add(processor)
             return processor
 
-        return decorate
+        return t.cast(Decorator, decorate)
 
     def injection(self, names: t.Iterable[str]) -> dict[str, t.Any]:
         """The arguments that a processor is given beside its task's."""
@@ -264,9 +271,7 @@ class BeanQueue:
                 injected[name] = self.db.session.begin_nested()
         return injected
 
-    def insert_many(
-        self, processor: Processor[t.Any, t.Any, t.Any], kwargs: t.Sequence[str]
-    ) -> list[uuid.UUID]:
+    def insert_many(self, processor: AnyProcessor, kwargs: t.Sequence[str]) -> list[uuid.UUID]:
         """Insert tasks for a processor, their arguments given as JSON."""
         ids = [uuid7() for _ in kwargs]
         connection = self.db.session.connection(bind_arguments={"mapper": self.Task})
@@ -309,9 +314,7 @@ class BeanQueue:
         """
         self._end(task_id, lambda claim: outcomes.ended(claim, error=error))
 
-    def _end(
-        self, task_id: uuid.UUID | str, decide: t.Callable[[Claim], outcomes.Outcome]
-    ) -> None:
+    def _end(self, task_id: uuid.UUID | str, decide: t.Callable[[Claim], outcomes.Outcome]) -> None:
         task_id = task_id if isinstance(task_id, uuid.UUID) else uuid.UUID(task_id)
         session: Session = self.db.session()
         session.flush()
@@ -326,7 +329,8 @@ class BeanQueue:
         elif state == PROCESSING and not parked:
             raise TaskStateError(
                 f"Task {task_id} is still with its worker. It can be ended once its processor has"
-                " returned; if a webhook came early, answer it with an error so that it comes again."
+                " returned; if a webhook came early, answer it with an error so that it comes"
+                " again."
             )
         if state != PROCESSING:
             raise TaskStateError(f"Task {task_id} is {state}; only a running one can be ended.")
@@ -361,7 +365,7 @@ class BeanQueue:
 
     def worker(
         self, channels: t.Sequence[str] = (), *, app: Flask | None = None, **options: t.Any
-    ) -> Worker:
+    ) -> workers.Worker:
         """Make the worker that :meth:`process_tasks` runs, for who needs its ``stop()``."""
         if app is None:
             if not has_app_context():
@@ -378,7 +382,7 @@ class BeanQueue:
                 " Import the modules of your processors in the app factory, or name them in"
                 " BQ_PROCESSOR_PACKAGES."
             )
-        return Worker(app, self, channels, **options)
+        return workers.Worker(app, self, channels, **options)
 
 
 def load_model(setting: str, name: str) -> type[t.Any]:
@@ -421,6 +425,3 @@ def check_engine(engine: Engine, bind_key: str | None) -> None:
             "The engine is in AUTOCOMMIT, where a task and its data cannot be committed together."
             " Take isolation_level out of SQLALCHEMY_ENGINE_OPTIONS."
         )
-
-
-

@@ -14,7 +14,7 @@ from sqlalchemy.engine import Connection, Engine
 from . import outcome as outcomes
 from .config import Config
 from .connection import connect, transaction
-from .log import log
+from .log import log, reason
 from .queries import Queries
 
 #: Tasks that are taken over in one transaction.
@@ -65,7 +65,7 @@ class Heartbeat(threading.Thread):
                 failing = False
             except sa.exc.SQLAlchemyError as error:
                 if not failing:
-                    log.warning("The heartbeat fails, and goes on trying: %s", error)
+                    log.warning("The heartbeat fails, and goes on trying: %s", reason(error))
                 failing = True
                 self.disconnect()
             pause = min(1.0, self._config.WORKER_HEARTBEAT_PERIOD) if failing else None

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import time
 import typing as t
 
 from sqlalchemy.engine import Engine
 
-from .queries import notify_name
+from .log import log, reason
+
+#: Seconds between two attempts to listen again.
+RETRY_AFTER = 1.0
+
+
+def notify_name(channel: str) -> str:
+    """The name to NOTIFY and LISTEN for a channel: itself, or a digest where it is too long.
+
+    PostgreSQL takes names of at most 63 bytes.
+    """
+    if len(channel.encode("utf-8", "surrogatepass")) < 64:
+        return channel
+    return "bq_" + hashlib.sha256(channel.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 class Listener:
@@ -18,47 +34,60 @@ class Listener:
     """
 
     def __init__(self, engine: Engine, channels: t.Iterable[str]) -> None:
-        connection = engine.raw_connection()
-        connection.detach()
-        self._connection: t.Any = connection.dbapi_connection
+        self._engine = engine
+        self._names = [notify_name(channel) for channel in channels]
+        self._connection: t.Any = None
+        self.next_try = 0.0
+
+    @property
+    def listens(self) -> bool:
+        return self._connection is not None
+
+    def listen(self) -> bool:
+        """Connect and LISTEN, unless that failed a moment ago; tell whether it listens anew."""
+        if self.listens or time.monotonic() < self.next_try:
+            return False
         try:
+            borrowed = self._engine.raw_connection()
+            self._connection = borrowed.dbapi_connection
+            borrowed.detach()
             self._connection.rollback()
             self._connection.autocommit = True
             with self._connection.cursor() as cursor:
-                for channel in channels:
-                    name = notify_name(channel).replace('"', '""')
-                    cursor.execute(f'LISTEN "{name}"')
-        except BaseException:
-            self._connection.close()
-            raise
-        self._drain = self._drain_psycopg if engine.driver == "psycopg" else self._drain_psycopg2
+                for name in self._names:
+                    quoted = name.replace('"', '""')
+                    cursor.execute(f'LISTEN "{quoted}"')
+            return True
+        except Exception as error:
+            log.warning("LISTEN fails, polling meanwhile: %s", reason(error))
+            self.close()
+            self.next_try = time.monotonic() + RETRY_AFTER
+            return False
 
     def fileno(self) -> int:
         """For a selector: readable when notifications have come, or the connection has gone."""
         return t.cast(int, self._connection.fileno())
 
     def drain(self) -> bool:
-        """Take what has come, and tell whether it was anything.
-
-        :raises Exception: the driver's own, if the connection is lost.
-        """
-        return self._drain()
-
-    def _drain_psycopg2(self) -> bool:
-        self._connection.poll()
-        if self._connection.closed:
-            raise ConnectionError("The LISTEN connection is closed.")
-        notified = bool(self._connection.notifies)
-        self._connection.notifies.clear()
-        return notified
-
-    def _drain_psycopg(self) -> bool:
-        connection = self._connection.pgconn
-        connection.consume_input()
-        notified = False
-        while connection.notifies():
-            notified = True
-        return notified
+        """Take the notifications that have come, and tell whether there were any."""
+        try:
+            if self._engine.driver == "psycopg":
+                self._connection.pgconn.consume_input()
+                notified = 0
+                while self._connection.pgconn.notifies():
+                    notified += 1
+            else:
+                self._connection.poll()
+                notified = len(self._connection.notifies)
+                self._connection.notifies.clear()
+            return notified > 0
+        except Exception as error:
+            log.warning("The LISTEN connection is lost: %s", reason(error))
+            self.close()
+            return False
 
     def close(self) -> None:
-        self._connection.close()
+        if self._connection is not None:
+            with contextlib.suppress(Exception):
+                self._connection.close()
+            self._connection = None

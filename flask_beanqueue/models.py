@@ -423,17 +423,18 @@ def model_base(db: SQLAlchemy, bind_key: str | None) -> t.Any:
     Mapped dataclasses take their fields from annotations in the order of the classes, which
     mixins cannot promise to the app's own base; the queue's models do not need to be dataclasses.
     """
-    if not issubclass(db.Model, sa_orm.MappedAsDataclass):
-        return db.Model
+    model: t.Any = db.Model
+    if not issubclass(model, sa_orm.MappedAsDataclass):
+        return model
     if bind_key is not None and bind_key not in db.metadatas:
         db.metadatas[bind_key] = sa.MetaData(
             naming_convention=db.metadata.naming_convention, info={"bind_key": bind_key}
         )
     body = {
         "metadata": db.metadatas[bind_key],
-        "registry": db.Model.registry,
-        "query_class": db.Model.query_class,
-        "query": db.Model.__dict__["query"],
+        "registry": model.registry,
+        "query_class": model.query_class,
+        "query": model.__dict__["query"],
         "__fsa__": db,
     }
     return type("QueueModel", (Model, sa_orm.DeclarativeBaseNoMeta), body)
@@ -446,11 +447,13 @@ def require(model: t.Any, mixin: type) -> None:
         for name in vars(mixin)
         if isinstance(vars(mixin)[name], (sa_orm.MappedColumn, declared_attr))
     }
+    # The column that refers to another table comes from another mixin.
+    others = {"worker_id": TaskModelRefWorkerMixin, "task_id": EventModelRefTaskMixin}
     if mixin is TaskModelMixin:
         columns.remove("name")  # the synonym
-    # Another mixin has the column that refers to another table.
-    others = {"worker_id": TaskModelRefWorkerMixin, "task_id": EventModelRefTaskMixin}
-    columns |= {TaskModelMixin: {"worker_id"}, EventModelMixin: {"task_id"}}.get(mixin, set())
+        columns.add("worker_id")
+    elif mixin is EventModelMixin:
+        columns.add("task_id")
     missing = sorted(columns - set(sa.inspect(model).columns.keys()))
     if missing:
         mixins = sorted({others.get(name, mixin).__name__ for name in missing})

@@ -8,8 +8,8 @@ import weakref
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from .listen import notify_name
 from .models import PENDING
-from .queries import notify_name
 
 #: The channels that a transaction, or a savepoint, has notified. A savepoint has a set of its own:
 #: rolled back, it takes its NOTIFY with it, and what comes later must send another. PostgreSQL

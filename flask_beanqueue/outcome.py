@@ -13,10 +13,11 @@ from sqlalchemy.engine import Connection
 
 from . import signals
 from .claim import Claim
+from .listen import notify_name
 from .log import log
 from .models import DONE, FAILED, PENDING, PROCESSING, uuid7
 from .processor import Processor, check_aware, to_json
-from .queries import Queries, Settlement, notify_name
+from .queries import Queries, Settlement
 
 #: Seconds before a task whose processor nobody knew is offered again, at most.
 UNKNOWN_DELAY = 10.0
@@ -61,7 +62,7 @@ class Outcome:
             "parked": self.parked,
             "unknown": self.unknown,
             "delay": self.delay,
-            "scheduled_at": self.scheduled_at and self.scheduled_at.isoformat(),
+            "scheduled_at": self.scheduled_at.isoformat() if self.scheduled_at else None,
             "channel": notify_name(self.claim.channel),
             "event_id": str(uuid7()) if self.event else None,
             "event": self.event,
@@ -160,9 +161,7 @@ def ended(claim: Claim, *, result: t.Any = None, error: str | None = None) -> Ou
 # How it is written.
 
 
-def write(
-    queries: Queries, connection: Connection, outcomes: t.Sequence[Outcome]
-) -> list[Outcome]:
+def write(queries: Queries, connection: Connection, outcomes: t.Sequence[Outcome]) -> list[Outcome]:
     """Write outcomes, each fenced by its claim, and return those that were written.
 
     The rest has been claimed by somebody else, cancelled or deleted in the meantime: whatever
@@ -225,7 +224,9 @@ def storable(claim: Claim, result: t.Any) -> str | None:
     try:
         return to_json(result)
     except Exception as error:
-        log.warning("The result of %s is not stored: %s", claim.name, error, extra=claim.log_extra())
+        log.warning(
+            "The result of %s is not stored: %s", claim.name, error, extra=claim.log_extra()
+        )
         return None
 
 

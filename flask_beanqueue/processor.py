@@ -13,9 +13,9 @@ import typing as t
 import uuid
 
 import sqlalchemy as sa
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, SessionTransaction
 
-from .claim import current_claim, current_task_id
+from .claim import current_task_id
 from .models import TaskModelMixin
 from .retry import RetryPolicy
 
@@ -23,9 +23,13 @@ if t.TYPE_CHECKING:
     from .extension import BeanQueue
 
 P = t.ParamSpec("P")
-Q = t.ParamSpec("Q")
 R = t.TypeVar("R")
 R_co = t.TypeVar("R_co", covariant=True)
+
+# The types of ``db``, ``task`` and ``savepoint``, in any order.
+A = t.TypeVar("A", bound=Session | TaskModelMixin | SessionTransaction)
+B = t.TypeVar("B", bound=Session | TaskModelMixin | SessionTransaction)
+C = t.TypeVar("C", bound=Session | TaskModelMixin | SessionTransaction)
 
 #: Parameters that the queue fills in, if the function names them.
 INJECTED = ("db", "task", "savepoint")
@@ -97,7 +101,9 @@ def to_json(value: t.Any) -> str:
     except TypeError as error:
         raise ValueError(str(error)) from None
     except ValueError as error:
-        raise ValueError(str(error).replace("Out of range float values", "NaN and Infinity")) from None
+        raise ValueError(
+            str(error).replace("Out of range float values", "NaN and Infinity")
+        ) from None
     if NUL.search(text):
         raise ValueError("it holds the character U+0000, which PostgreSQL cannot store")
     if r"\ud" in text:  # a surrogate, perhaps a lone one
@@ -108,17 +114,17 @@ def to_json(value: t.Any) -> str:
     return text
 
 
-class Processor(t.Generic[P, Q, R_co]):
+class Processor(t.Generic[P, R_co]):
     """A function that does tasks of one kind, as :meth:`BeanQueue.processor` returns it.
 
-    Calling it calls the function. The other methods make tasks. ``P`` are the function's
-    parameters, ``Q`` those that a task gives: all but ``db``, ``task`` and ``savepoint``.
+    Calling it calls the function. The other methods make tasks. ``P`` are the parameters that a
+    task gives: all of the function's but ``db``, ``task`` and ``savepoint``.
     """
 
     def __init__(
         self,
         bq: BeanQueue,
-        func: t.Callable[P, R_co],
+        func: t.Callable[..., R_co],
         options: Options,
         *,
         retry_policy: RetryPolicy | None = None,
@@ -179,7 +185,7 @@ class Processor(t.Generic[P, Q, R_co]):
         priority: int | None = None,
         scheduled_at: datetime.datetime | None = None,
         delay: datetime.timedelta | None = None,
-    ) -> Processor[P, Q, R_co]:
+    ) -> Processor[P, R_co]:
         """Return the same processor with other options for the tasks made through it.
 
         :param channel: where the task waits, instead of the processor's own channel.
@@ -200,7 +206,7 @@ class Processor(t.Generic[P, Q, R_co]):
         other.options = dataclasses.replace(self.options, **changes)
         return other
 
-    def run(self, *args: Q.args, **kwargs: Q.kwargs) -> TaskModelMixin:
+    def run(self, *args: P.args, **kwargs: P.kwargs) -> TaskModelMixin:
         """Make a task for this processor. It is in no session yet.
 
         :return: a ``bq.Task``; add it, or a row that refers to it, to a session.
@@ -220,7 +226,7 @@ class Processor(t.Generic[P, Q, R_co]):
             task.parent_id = parent_id
         return task
 
-    def enqueue(self, *args: Q.args, **kwargs: Q.kwargs) -> TaskModelMixin:
+    def enqueue(self, *args: P.args, **kwargs: P.kwargs) -> TaskModelMixin:
         """Make a task and add it to ``db.session``; the session's commit hands it over.
 
         :raises ArgumentError: as :meth:`run` does.
@@ -276,7 +282,34 @@ class Processor(t.Generic[P, Q, R_co]):
         return arguments
 
 
-def to_json_arguments(processor: Processor[t.Any, t.Any, t.Any], arguments: dict[str, t.Any]) -> str:
+#: A processor of which nothing is known, as the queue meets them.
+AnyProcessor = Processor[..., t.Any]
+
+
+class Decorator(t.Protocol):
+    """What :meth:`BeanQueue.processor` returns, for type checkers, which cannot go by the names of
+    parameters: they take ``db``, ``task`` and ``savepoint`` off where these come first and are
+    annotated as ``Session``, :class:`TaskModelMixin` (or an own model) and ``SessionTransaction``.
+    Behind others, beside ``**kwargs``, or annotated as ``Any``, they make any argument pass.
+    """
+
+    @t.overload
+    def __call__(self, func: t.Callable[t.Concatenate[A, B, C, P], R], /) -> Processor[P, R]: ...
+    @t.overload
+    def __call__(self, func: t.Callable[t.Concatenate[A, B, P], R], /) -> Processor[P, R]: ...
+    @t.overload
+    def __call__(self, func: t.Callable[t.Concatenate[A, P], R], /) -> Processor[P, R]: ...
+    @t.overload
+    def __call__(self, func: t.Callable[t.Concatenate[A, ...], R], /) -> Processor[..., R]: ...
+    @t.overload
+    def __call__(
+        self, func: t.Callable[t.Concatenate[t.Any, A, ...], R], /
+    ) -> Processor[..., R]: ...
+    @t.overload
+    def __call__(self, func: t.Callable[P, R], /) -> Processor[P, R]: ...
+
+
+def to_json_arguments(processor: AnyProcessor, arguments: dict[str, t.Any]) -> str:
     """Encode a task's arguments, or name the one that cannot be."""
     try:
         return to_json(arguments)
@@ -296,15 +329,15 @@ class Registry:
     """The processors of one BeanQueue, by module and function name."""
 
     def __init__(self) -> None:
-        self._processors: dict[tuple[str, str], Processor[t.Any, t.Any, t.Any]] = {}
+        self._processors: dict[tuple[str, str], AnyProcessor] = {}
 
     def __len__(self) -> int:
         return len(self._processors)
 
-    def __iter__(self) -> t.Iterator[Processor[t.Any, t.Any, t.Any]]:
+    def __iter__(self) -> t.Iterator[AnyProcessor]:
         return iter(self._processors.values())
 
-    def add(self, processor: Processor[t.Any, t.Any, t.Any]) -> None:
+    def add(self, processor: AnyProcessor) -> None:
         """Add a processor.
 
         :raises ValueError: if another function has that module and name. The same function may
@@ -312,14 +345,16 @@ class Registry:
         """
         key = processor.module, processor.func_name
         known = self._processors.get(key)
-        if known and getattr(known.func, "__code__", 0) is not getattr(processor.func, "__code__", 1):
+        if known and getattr(known.func, "__code__", 0) is not getattr(
+            processor.func, "__code__", 1
+        ):
             raise ValueError(
                 f"There are two processors called {processor.name}. Tasks find theirs by module"
                 " and name: rename one."
             )
         self._processors[key] = processor
 
-    def get(self, module: str, func_name: str) -> Processor[t.Any, t.Any, t.Any] | None:
+    def get(self, module: str, func_name: str) -> AnyProcessor | None:
         return self._processors.get((module, func_name))
 
     @property

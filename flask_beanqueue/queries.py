@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import typing as t
 import uuid
@@ -13,6 +12,7 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import Connection
 
 from .claim import Claim
+from .listen import notify_name
 from .models import Models
 
 #: Before every id, for a look from the front.
@@ -90,16 +90,6 @@ class Settlement(t.TypedDict):
     event_id: str | None
     event: str | None
     traceback: str | None
-
-
-def notify_name(channel: str) -> str:
-    """The name to NOTIFY and LISTEN for a channel: itself, or a digest where it is too long.
-
-    PostgreSQL takes names of at most 63 bytes.
-    """
-    if len(channel.encode("utf-8", "surrogatepass")) < 64:
-        return channel
-    return "bq_" + hashlib.sha256(channel.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 class Queries:
@@ -243,7 +233,8 @@ class Queries:
                     worker_id = CASE WHEN outcome.state IN ('PENDING', 'PROCESSING')
                         THEN NULL ELSE t.worker_id END,
                     scheduled_at = CASE WHEN outcome.state = 'PENDING' THEN COALESCE(
-                        outcome.scheduled_at, clock_timestamp() + outcome.delay * interval '1 second',
+                        outcome.scheduled_at,
+                        clock_timestamp() + outcome.delay * interval '1 second',
                         t.scheduled_at) ELSE t.scheduled_at END,
                     finished_at = CASE WHEN outcome.state NOT IN ('PENDING', 'PROCESSING')
                         THEN clock_timestamp() END
@@ -420,9 +411,7 @@ class Queries:
         )
         return {row.id for row in rows}
 
-    def settle(
-        self, connection: Connection, outcomes: t.Sequence[Settlement]
-    ) -> set[uuid.UUID]:
+    def settle(self, connection: Connection, outcomes: t.Sequence[Settlement]) -> set[uuid.UUID]:
         """Write outcomes with their events.
 
         :return: the ids of the tasks that were still claimed.
@@ -436,9 +425,7 @@ class Queries:
         row = connection.execute(self._hold, {"id": claim.id, "claims": claim.claims}).first()
         return None if row is None else row.state
 
-    def held(
-        self, connection: Connection, task_id: uuid.UUID
-    ) -> tuple[Claim, str, bool] | None:
+    def held(self, connection: Connection, task_id: uuid.UUID) -> tuple[Claim, str, bool] | None:
         """Lock a task's row until the commit; return its last claim, its state, and whether it is
         parked."""
         row = connection.execute(self._held, {"id": task_id}).first()

@@ -38,9 +38,7 @@ def rows(url: str, columns: str) -> list[Any]:
     return query(url, f"SELECT {columns} FROM bq_tasks ORDER BY id")
 
 
-def freeze_in(
-    point: str, task: str, probe: Probe, processes: Processes, first: Process
-) -> Process:
+def freeze_in(point: str, task: str, probe: Probe, processes: Processes, first: Process) -> Process:
     """Freeze the first worker at a point of the task, and see another one do the task.
 
     Return the second worker; the first is frozen, with the gate before it open.
@@ -309,6 +307,4 @@ def test_a_process_that_dies_is_replaced(
     worker.wait_line("was ended by signal 9; a new one takes its place")
     assert effects(database_url) == ["1"]
     assert worker.stop() == 0
-    assert query(
-        database_url, "SELECT count(*) FROM bq_workers WHERE state = 'SHUTDOWN'"
-    ) == [(2,)]
+    assert query(database_url, "SELECT count(*) FROM bq_workers WHERE state = 'SHUTDOWN'") == [(2,)]

@@ -231,6 +231,7 @@ def test_any_channel_name_wakes_its_worker(
         pass
 
     listener = Listener(bq.engine(app), [channel])
+    assert listener.listen()
     try:
         with app.app_context():
             work.enqueue()

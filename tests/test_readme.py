@@ -115,8 +115,8 @@ def test_the_tutorial_runs(app_py: Path, tmp_path: Path, database_url: str) -> N
     app_py.write_text(app_py.read_text() + wrap)
     # Instead of a time that is long enough on most machines, until it is so on this one.
     until = (
-        "until python -c 'import os, sys; sys.path.insert(0, os.environ[\"PYTHONPATH\"]);"
-        " from tests.probe import query; sys.exit(not query(os.environ[\"DATABASE_URL\"],"
+        'until python -c \'import os, sys; sys.path.insert(0, os.environ["PYTHONPATH"]);'
+        ' from tests.probe import query; sys.exit(not query(os.environ["DATABASE_URL"],'
         ' "SELECT 1 FROM bq_tasks WHERE func_name = %s AND state = %s", "wrap", "{}"))'
         "'; do :; done"
     )
@@ -177,7 +177,9 @@ def test_own_tables_work(
     else:
         code = "import os\nfrom flask import Flask\n"
         code += blocks("python", "", "# " + (ROOT / source).read_text().partition("# ")[2])[0]
-        code += "def create_app():" + blocks("python", "Own tables")[0].partition("create_app():")[2]
+        code += (
+            "def create_app():" + blocks("python", "Own tables")[0].partition("create_app():")[2]
+        )
     (tmp_path / "app.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     module = __import__("app")
@@ -216,9 +218,9 @@ def test_the_configuration_table_is_the_configuration() -> None:
         if value is None:
             assert shown == "unset"
         else:
-            assert ast.literal_eval(shown.capitalize() if shown in ("true", "false") else shown) == (
-                value
-            ), name
+            assert ast.literal_eval(
+                shown.capitalize() if shown in ("true", "false") else shown
+            ) == (value), name
 
 
 def test_the_command_line_is_the_one_described() -> None:

@@ -16,7 +16,7 @@ from flask_sqlalchemy import SQLAlchemy
 from flask_sqlalchemy.record_queries import get_recorded_queries
 
 from flask_beanqueue import BeanQueue
-from flask_beanqueue import worker as worker_module
+from flask_beanqueue.crew import HORIZON
 
 from .probe import query
 
@@ -208,7 +208,7 @@ def test_raw_sql_that_notifies_wakes_a_worker(
             ),
             {"module": note.module},
         )
-        db.session.execute(sa.text("NOTIFY \"default\""))
+        db.session.execute(sa.text('NOTIFY "default"'))
         db.session.commit()
         log.wait(1)
     assert log == [7]
@@ -269,9 +269,7 @@ def test_a_locked_row_is_passed_and_done_later(
             db.session.add(task)
             db.session.flush()
             db.session.commit()
-            connection.execute(
-                sa.select(bq.Task.id).where(bq.Task.id == task.id).with_for_update()
-            )
+            connection.execute(sa.select(bq.Task.id).where(bq.Task.id == task.id).with_for_update())
             note.enqueue(number=3)
             db.session.commit()
             log.wait(2)
@@ -397,7 +395,7 @@ def test_long_tasks_are_claimed_one_by_one(
     def long(number: int) -> None:
         log.add(number)
         if number < 2:
-            time.sleep(2 * worker_module.HORIZON)  # what it is to be long
+            time.sleep(2 * HORIZON)  # what it is to be long
         else:
             gate.wait(30)
 
@@ -414,9 +412,7 @@ def test_long_tasks_are_claimed_one_by_one(
     assert claimed <= 4
 
 
-def test_channels_take_turns(
-    app: Flask, db: SQLAlchemy, note: Any, work: Work, log: Log
-) -> None:
+def test_channels_take_turns(app: Flask, db: SQLAlchemy, note: Any, work: Work, log: Log) -> None:
     with app.app_context():
         note.using(channel="one").enqueue_many({"number": 1} for _ in range(3_000))
         note.using(channel="two").enqueue_many({"number": 2} for _ in range(3_000))
@@ -461,9 +457,7 @@ def test_serializable_apps_are_served(
     def write(db: Any, number: int) -> None:
         db.add(Note(text=str(number)))
 
-    app = make_app(
-        db, bq, SQLALCHEMY_ENGINE_OPTIONS={"isolation_level": "REPEATABLE READ"}
-    )
+    app = make_app(db, bq, SQLALCHEMY_ENGINE_OPTIONS={"isolation_level": "REPEATABLE READ"})
     with app.app_context():
         write.enqueue_many({"number": number} for number in range(200))
         db.session.commit()

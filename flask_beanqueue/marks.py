@@ -1,0 +1,81 @@
+"""The marks: where each part of the queue was claimed last, and when to look at it again."""
+
+from __future__ import annotations
+
+import time
+import typing as t
+
+from .claim import Claim
+from .queries import Level, Look
+
+#: A look from the front may take one twentieth of the time, and comes after a second at most.
+LOOK_SHARE = 20
+LOOK_WITHIN = 1.0
+#: Seconds between two looks of a worker that finds enough behind its marks, at least.
+LOOK_BUSY = 0.25
+#: Levels that are kept in mind although nothing waits there.
+MANY_LEVELS = 100
+
+
+class Marks:
+    """One mark for each channel and priority.
+
+    Every claim leaves a dead entry at the front of the index, so claims start where the last one
+    stopped. What turns up behind a mark (a retry, a late commit) is found by a look from the
+    front, which has to wade through the dead entries and is therefore rationed.
+    """
+
+    def __init__(self, channels: t.Iterable[str]) -> None:
+        self._levels = {(channel, 0): Level(channel, 0) for channel in channels}
+        self._turns = 0
+        self._fruitless = 0
+        self.next_look = 0.0
+
+    def turn(self) -> list[Level]:
+        """The levels by priority; of equal ones, each channel comes first in its turn."""
+        self._turns += 1
+        levels = list(self._levels.values())
+        start = self._turns % len(levels)
+        return sorted(levels[start:] + levels[:start], key=lambda level: level.priority)
+
+    def passed(self, claims: t.Sequence[Claim], wanted: int) -> None:
+        """Move the marks behind what has been claimed, in the queue's order."""
+        for claim in claims:
+            self._levels[claim.channel, claim.priority].mark = claim.scheduled_at, claim.id
+        if claims:
+            self._fruitless = 0
+        if len(claims) < wanted:
+            for level in self._levels.values():
+                level.return_()
+
+    def look_soon(self) -> None:
+        """Let the next look come as early as it is wanted."""
+        self._fruitless = 0
+        self.next_look = 0.0
+
+    def may_look(self, *, busy: bool = False) -> bool:
+        return time.monotonic() >= self.next_look + (LOOK_BUSY if busy else 0.0)
+
+    def seen(self, look: Look, took: float) -> bool:
+        """Take in what a look found, and tell whether anything is due.
+
+        :param took: seconds that the look took.
+        """
+        # Where something is due and yet not to be had, each look comes later than the one before.
+        pause = max(LOOK_SHARE * took, 0.01 * 2 ** min(self._fruitless, 10))
+        self.next_look = time.monotonic() + min(pause, LOOK_WITHIN)
+        if len(self._levels) > MANY_LEVELS:
+            used = {(front.channel, front.priority) for front in look.fronts}
+            kept = {key: level for key, level in self._levels.items() if key in used}
+            self._levels = kept or self._levels
+        due = False
+        for front in look.fronts:
+            level = self._levels.setdefault(
+                (front.channel, front.priority), Level(front.channel, front.priority)
+            )
+            if front.due_in <= 0:
+                due = True
+                if (front.at, front.id) <= level.mark:
+                    level.go_back(front)
+        self._fruitless = self._fruitless + 1 if due else 0
+        return due
