@@ -49,21 +49,28 @@ def transaction(connection: Connection) -> t.Iterator[None]:
 
 @contextlib.contextmanager
 def named(engines: t.Iterable[Engine], worker_id: uuid.UUID) -> t.Iterator[None]:
-    """Let all connections that the engines make carry the worker's name, so that another worker
-    can end them when this one is frozen."""
+    """Let all connections that the engines hand out carry the worker's name, so that another
+    worker can end them when this one is frozen."""
     name = application_name(worker_id)
 
     def do_connect(
         dialect: t.Any, record: t.Any, args: list[t.Any], kwargs: dict[str, t.Any]
     ) -> None:
         kwargs["application_name"] = name
+        record.info["beanqueue"] = name
+
+    def checkout(connection: t.Any, record: t.Any, proxy: t.Any) -> None:
+        if "beanqueue" not in record.info:  # connected before: the pool connects it anew
+            raise sa.exc.DisconnectionError
 
     engines = [engine for engine in engines if engine.dialect.name == "postgresql"]
+    listeners = (do_connect, checkout)
     for engine in engines:
-        engine.dispose()  # what was connected before has no name
-        sa.event.listen(engine, "do_connect", do_connect)
+        for listener in listeners:
+            sa.event.listen(engine, listener.__name__, listener)
     try:
         yield
     finally:
         for engine in engines:
-            sa.event.remove(engine, "do_connect", do_connect)
+            for listener in listeners:
+                sa.event.remove(engine, listener.__name__, listener)

@@ -423,6 +423,24 @@ def test_channels_take_turns(app: Flask, db: SQLAlchemy, note: Any, work: Work, 
     assert 2 in log[:2_000]
 
 
+def test_connections_from_before_the_worker_get_its_name(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work, log: Log
+) -> None:
+    """Or nobody could end them when it freezes."""
+
+    @bq.processor()
+    def name(db: Any) -> None:
+        log.add(db.scalar(sa.text("SELECT current_setting('application_name')")))
+
+    with app.app_context():
+        name.enqueue()
+        db.session.commit()  # and a connection lies idle in the pool
+    work()
+    with app.app_context():
+        [worker] = db.session.scalars(sa.select(bq.Worker))
+    assert log == [f"beanqueue {worker.id}"]
+
+
 def test_several_apps_in_one_process_each_do_their_own_tasks(
     make_app: Any, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log, server_url: str
 ) -> None:
