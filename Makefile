@@ -22,6 +22,12 @@ test-lowest: ## Run the tests with the oldest releases that are supported
 test-sqlalchemy20 test-lowest: test-%: .venv-%/installed
 	@.venv-$*/bin/python -m tests.postgres --fast -- .venv-$*/bin/python -m pytest $(ARGS)
 
+.PHONY: bench
+bench: .venv/installed ## Measure speed, wake-ups and idleness beside bare loops
+	@for each in throughput wakeup idle; do \
+		$(RUN) tests.postgres -- $(RUN) benchmarks.$$each || exit; \
+	done
+
 .PHONY: lint
 lint: .venv/installed ## Check the style
 	@$(RUN) ruff check

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import sqlalchemy as sa
@@ -30,9 +31,25 @@ def write(db: Any, number: int) -> None:
     db.add(Row(number=number))
 
 
+@bq.processor(channel="bench")
+def mark() -> None:
+    """Tells when it has begun."""
+    now = time.monotonic()
+    if "BENCH_PIPE" in os.environ:
+        os.write(int(os.environ["BENCH_PIPE"]), f"{now}\n".encode())
+
+
 def create_app() -> Flask:
     app = Flask(__name__)
     app.config["SQLALCHEMY_DATABASE_URI"] = os.environ["DATABASE_URL"]
+    app.config["SQLALCHEMY_RECORD_QUERIES"] = "BENCH_RECORD_QUERIES" in os.environ
     db.init_app(app)
     bq.init_app(app)
+    if "BENCH_STATEMENTS" in os.environ:
+        with app.app_context():
+            sa.event.listen(db.engine, "before_cursor_execute", tell_statement)
     return app
+
+
+def tell_statement(*_: object) -> None:
+    os.write(int(os.environ["BENCH_STATEMENTS"]), b".")

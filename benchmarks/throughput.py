@@ -57,8 +57,10 @@ def rate(number: int, seconds: float) -> float:
 def worker(number: int, concurrency: int) -> float:
     """A worker process as users start it: from its first claim to its last completion."""
     subprocess.run(
-        [sys.executable, "-m", "flask", "--app", "benchmarks.app", "bq", "worker", "bench"]
-        + ["--burst", "--concurrency", str(concurrency)],
+        [
+            *(sys.executable, "-m", "flask", "--app", "benchmarks.app"),
+            *("bq", "worker", "bench", "--burst", "--concurrency", str(concurrency)),
+        ],
         check=True,
         stderr=subprocess.DEVNULL,
     )
