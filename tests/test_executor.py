@@ -311,6 +311,45 @@ def test_effects_of_a_processor_whose_claim_is_lost_are_rolled_back(
     assert only_task(app, bq).state == "PROCESSING"
 
 
+def test_a_task_that_waits_again_is_not_completed_by_who_held_it(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work
+) -> None:
+    """Taken over, and claimed by nobody yet: the claim is as old as before, the state is not."""
+    runs = []
+
+    def taken_over() -> None:
+        runs.append(1)
+        if len(runs) < 3:
+            with bq.engine(app).begin() as connection:
+                connection.execute(
+                    sa.update(bq.Task.__table__)
+                    .where(bq.Task.state == "PROCESSING")
+                    .values(state="PENDING")
+                )
+
+    @bq.processor()
+    def with_effects(db: Any, task: Any) -> None:
+        db.add(Note(text=str(task.claims)))
+        taken_over()
+
+    @bq.processor()
+    def without() -> int:
+        taken_over()
+        return len(runs)
+
+    with app.app_context():
+        with_effects.enqueue()
+        db.session.commit()
+        work(concurrency=1)
+        assert texts(app, db, Note) == ["3"]
+        runs.clear()
+        without.enqueue()
+        db.session.commit()
+        work(concurrency=1)
+        task = db.session.scalars(sa.select(bq.Task).where(bq.Task.func_name == "without")).one()
+        assert (task.state, task.claims, task.result) == ("DONE", 3, 3)
+
+
 def test_a_swallowed_claim_lost_does_not_help(
     app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work
 ) -> None:
