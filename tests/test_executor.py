@@ -45,6 +45,44 @@ def test_effects_and_completion_are_committed_together(
     assert task.created_at <= task.started_at <= task.finished_at
 
 
+@pytest.mark.parametrize("flushes", [False, True])
+def test_effects_and_completion_are_of_one_transaction(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work, flushes: bool
+) -> None:
+    @bq.processor()
+    def write(db: Any) -> None:
+        db.add(Note(text="hello"))
+        if flushes:
+            db.flush()
+
+    with app.app_context():
+        write.enqueue()
+        db.session.commit()
+        work()
+        same = db.session.scalar(sa.text("SELECT note.xmin = bq_tasks.xmin FROM note, bq_tasks"))
+        assert same is True
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+@pytest.mark.parametrize("uses_session", [False, True])
+def test_success_leaves_an_event_only_if_that_is_wanted(
+    make_app: Any, db: SQLAlchemy, bq: BeanQueue, Note: Any, wanted: bool, uses_session: bool
+) -> None:
+    @bq.processor()
+    def write(db: Any) -> str:
+        if uses_session:
+            db.add(Note(text="hello"))
+        return "well"
+
+    app = make_app(db, bq, BQ_SUCCESS_EVENTS=wanted)
+    with app.app_context():
+        task = write.enqueue()
+        db.session.commit()
+        bq.process_tasks(burst=True)
+        assert [event.type for event in task.events] == (["DONE"] if wanted else [])
+        assert (task.state, task.result, task.attempts) == ("DONE", "well", 1)
+
+
 def test_the_end_of_a_task_is_when_it_ended(
     app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work
 ) -> None:

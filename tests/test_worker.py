@@ -243,6 +243,86 @@ def test_a_task_behind_the_mark_is_found_by_a_busy_worker(
     assert set(log[1:3]) == {2, 3}
 
 
+def test_a_task_behind_the_mark_is_found_before_a_backlog_is_done(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, work: Work, log: Log
+) -> None:
+    @bq.processor()
+    def count(number: int) -> None:
+        if number == 1_000:
+            hour_ago = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=1)
+            note.using(scheduled_at=hour_ago).enqueue(number=-1)
+            bq.db.session.commit()
+        log.add(number)
+
+    with app.app_context():
+        count.enqueue_many({"number": number} for number in range(40_000))
+        db.session.commit()
+    work(concurrency=1)
+    assert len(log) == 40_001
+    assert log.index(-1) < 39_000
+
+
+def test_a_claim_whose_answer_is_lost_is_given_back(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, work: Work, log: Log
+) -> None:
+    lost = []
+
+    def lose(connection: Any, cursor: Any, statement: str, *rest: Any) -> None:
+        if "SET state = 'PROCESSING'" in statement and not lost:
+            lost.append(cursor.rowcount)
+            connection.connection.dbapi_connection.close()
+            raise connection.dialect.dbapi.OperationalError("the answer is lost")
+
+    sa.event.listen(bq.engine(app), "after_cursor_execute", lose)
+    with app.app_context():
+        note.enqueue_many([{"number": 1}, {"number": 2}])
+        db.session.commit()
+        work(concurrency=2)
+        tasks = db.session.scalars(sa.select(bq.Task)).all()
+    assert lost == [2]
+    assert sorted(log) == [1, 2]
+    assert [(task.state, task.claims, task.crashes) for task in tasks] == [("DONE", 2, 0)] * 2
+
+
+def test_an_outcome_whose_answer_is_lost_is_not_called_lost(
+    app: Flask,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    note: Any,
+    work: Work,
+    log: Log,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    lost = []
+
+    def lose(connection: Any, cursor: Any, statement: str, *rest: Any) -> None:
+        if "SET state = 'DONE'" in statement and not lost:
+            lost.append(cursor.rowcount)
+            connection.connection.dbapi_connection.close()
+            raise connection.dialect.dbapi.OperationalError("the answer is lost")
+
+    sa.event.listen(bq.engine(app), "after_cursor_execute", lose)
+    with app.app_context():
+        note.enqueue(number=1)
+        db.session.commit()
+        work()
+        [task] = db.session.scalars(sa.select(bq.Task))
+    assert lost == [1]
+    assert log == [1]
+    assert (task.state, task.claims, task.attempts) == ("DONE", 1, 1)
+    assert "tried again" in caplog.text
+    assert "taken from this worker" not in caplog.text
+
+
+def test_a_worker_that_leaves_is_not_taken_for_dead(
+    make_app: Any, db: SQLAlchemy, bq: BeanQueue
+) -> None:
+    """Also if it beats while it says goodbye."""
+    app = make_app(db, bq, BQ_WORKER_HEARTBEAT_PERIOD=0.0001, BQ_WORKER_HEARTBEAT_TIMEOUT=60.0)
+    for _ in range(20):
+        bq.process_tasks(["default"], app=app, burst=True)
+
+
 def test_an_uncommitted_row_that_refers_to_a_task_does_not_hide_it(
     app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, note: Any, work: Work, log: Log
 ) -> None:
