@@ -80,27 +80,27 @@ class Heartbeat(threading.Thread):
             self._connection = connect(self._engine)
         timeout = self._config.WORKER_HEARTBEAT_TIMEOUT
         now = time.monotonic()
+        if now - self._last_beat > timeout / 2:
+            # The database was out of reach, perhaps for all workers: let the others beat first.
+            self._modest_until = now + timeout
         alive, buried = self._queries.beat(
             self._connection, self._worker_id, timeout, bury=now >= self._modest_until
         )
-        if now - self._last_beat > timeout:
-            # The database was out of reach, perhaps for all workers: let the others beat first.
-            self._modest_until = now + timeout
         self._last_beat = now
         for worker_id, name in buried:
             log.warning("Worker %s (%s) sent no heartbeat for %g s", name, worker_id, timeout)
         if buried or now >= self._next_search:
-            self._next_search = now + timeout
+            # A lock that outlived its backend for a moment may have hidden a task: search once more.
+            self._next_search = now if buried else now + timeout
             self._queries.terminate(self._connection)
             self.take_over(self._connection)
         return alive
 
     def take_over(self, connection: Connection) -> None:
         """Make the tasks of dead workers wait again, or fail where they died too often."""
-        timeout = self._config.WORKER_HEARTBEAT_TIMEOUT
         while not self._stopped.is_set():
             with transaction(connection):
-                orphans = self._queries.orphans(connection, timeout, TAKE_OVER_SIZE)
+                orphans = self._queries.orphans(connection, TAKE_OVER_SIZE)
                 crashed = [outcomes.crashed(claim, self._config.MAX_CRASHES) for claim in orphans]
                 written = outcomes.write(self._queries, connection, crashed) if crashed else []
             for outcome in written:

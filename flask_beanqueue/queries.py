@@ -320,14 +320,14 @@ class Queries:
             WHERE w.state = 'NO_HEARTBEAT' AND backend.usename = current_user
         """)
 
-        # Every task that a worker should be doing and none is. The locks are kept until the
+        # Every task that a worker should be doing and none is; who is silent has been declared dead
+        # by the heartbeat. The locks are kept until the
         # outcome is written in the same transaction; what somebody else has locked comes next
         # time.
         self._orphans = self._returning_claims("""
             SELECT {claim} FROM {tasks} AS t
             WHERE state = 'PROCESSING' AND NOT parked AND NOT EXISTS (
-                SELECT FROM {workers} AS w WHERE w.id = t.worker_id AND w.state = 'RUNNING'
-                  AND w.last_heartbeat >= now() - CAST(:timeout AS float8) * interval '1 second')
+                SELECT FROM {workers} AS w WHERE w.id = t.worker_id AND w.state = 'RUNNING')
             LIMIT :limit FOR NO KEY UPDATE SKIP LOCKED
         """)
 
@@ -488,9 +488,9 @@ class Queries:
         """End the backends of dead workers, and with them their locks; return how many."""
         return len(connection.execute(self._terminate, {"prefix": application_name("")}).all())
 
-    def orphans(self, connection: Connection, timeout: float, limit: int = 1000) -> list[Claim]:
+    def orphans(self, connection: Connection, limit: int) -> list[Claim]:
         """Lock tasks that are PROCESSING for no living worker."""
-        rows = connection.execute(self._orphans, {"timeout": timeout, "limit": limit})
+        rows = connection.execute(self._orphans, {"limit": limit})
         return [Claim(*row) for row in rows]
 
     def mine(self, connection: Connection, worker_id: uuid.UUID) -> list[Claim]:
