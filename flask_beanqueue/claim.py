@@ -34,14 +34,23 @@ class Claim:
     unknown_for: float | None
     #: A transaction of ``db.session`` has reached the database.
     began: bool = False
-    #: The session transaction, or savepoint, that has passed the fence with the task's outcome.
+    #: The session's transaction, or savepoint, that holds the task's outcome.
+    ended_in: t.Any = None
+    #: The session's transaction that has written it through the fence, as its last statement.
     fenced_in: t.Any = None
-    #: That transaction is committed: there is no outcome left to write.
+    #: It waits for something outside its worker to end it.
+    parked: bool = False
+    #: The outcome is committed: there is no outcome left to write.
     settled: bool = False
 
     @property
     def name(self) -> str:
         return f"{self.module}.{self.func_name}"
+
+    @property
+    def label(self) -> str:
+        """What log messages call it."""
+        return f"{self.name} {self.id}"
 
     def log_extra(self) -> dict[str, str]:
         return {"task_id": str(self.id), "task_name": self.name, "task_channel": self.channel}

@@ -17,6 +17,7 @@ from flask.cli import AppGroup, with_appcontext
 from flask.logging import default_handler
 from werkzeug._reloader import run_with_reloader  # what Flask's own run command uses
 
+from .config import ConfigError
 from .log import log
 from .processor import ArgumentError, import_packages
 from .supervisor import Supervisor
@@ -99,7 +100,12 @@ def worker_command(
 
     def work(index: int) -> int:
         forget_connections(app, bq)
-        return run(make(index))
+        try:
+            with readable_errors():
+                return run(make(index))
+        except click.ClickException as error:
+            error.show()
+            return error.exit_code
 
     def serve() -> None:
         run(stopped_at_exit(make()))
@@ -111,7 +117,7 @@ def worker_command(
             run_with_reloader(serve)
         elif processes > 1:
             make()  # says what is wrong once, not once in each process
-            if code := Supervisor(work, processes).run():
+            if code := Supervisor(work, processes, replaces=not burst).run():
                 raise click.exceptions.Exit(code)
         elif code := run(make()):
             raise click.exceptions.Exit(code)
@@ -198,7 +204,8 @@ def submit_command(channel: str, module: str, func: str, kwargs: str, priority: 
         raise click.BadParameter(
             'This is no JSON object, such as {"width": 200}.', param_hint="'--kwargs'"
         )
-    import_packages(bq.config(app).PROCESSOR_PACKAGES)
+    with readable_errors():
+        import_packages(bq.config(app).PROCESSOR_PACKAGES)
     processor = bq.registry.get(module, func)
     if processor is None:
         known = "".join(f"\n  {each.module} {each.func_name}" for each in bq.registry)
@@ -218,7 +225,7 @@ def submit_command(channel: str, module: str, func: str, kwargs: str, priority: 
 
 
 class readable_errors:
-    """Turns what commonly goes wrong with the database into a sentence."""
+    """Turns what commonly goes wrong into a sentence."""
 
     def __enter__(self) -> None:
         pass
@@ -231,7 +238,10 @@ class readable_errors:
                 " migration."
             ) from error
         if isinstance(error, sa.exc.OperationalError):
-            raise click.ClickException(f"The database cannot be used: {error.orig}") from error
+            reason = " ".join(str(error.orig).split())
+            raise click.ClickException(f"The database cannot be used: {reason}") from error
+        if isinstance(error, ConfigError):
+            raise click.ClickException(str(error)) from error
 
 
 def log_to_stderr(verbose: bool) -> None:

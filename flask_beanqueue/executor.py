@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import typing as t
 
 import sqlalchemy as sa
@@ -19,10 +20,17 @@ from .config import Config
 from .log import log
 from .models import PROCESSING
 from .outcome import Outcome
-from .processor import Processor
+from .processor import AnyProcessor
 
 if t.TYPE_CHECKING:
     from .extension import BeanQueue
+
+LOST = (
+    "The task is not as it was claimed: it was taken from this worker, or its processor has deleted"
+    " it or changed its state, claims or id past the ORM. What the processor wrote is rolled back."
+)
+#: Claims after which a lost connection is taken for the task's own doing.
+INTERRUPTIONS = 20
 
 
 def execute(app: Flask, bq: BeanQueue, config: Config, claim: Claim) -> Outcome | None:
@@ -36,16 +44,21 @@ def execute(app: Flask, bq: BeanQueue, config: Config, claim: Claim) -> Outcome 
     if processor is None:
         return outcomes.unknown(claim, len(bq.registry), config.UNKNOWN_GRACE)
     token = current_claim.set(claim)
+    process = os.getpid()
     outcome: Outcome | None = None
     try:
         with app.app_context():
             outcome = attempt(app, bq, config, claim, processor)
         return outcome
-    except BaseException:
-        # A teardown function of the app raised; the task has ended before it.
-        log.exception("The app context of %s", claim.name, extra=claim.log_extra())
+    except BaseException as error:
+        # A function that the app runs around its contexts raised: before the processor, or after.
+        log.exception("The app context of %s", claim.label, extra=claim.log_extra())
+        if outcome is None and not claim.settled:
+            return outcomes.failed(claim, error)
         return outcome
     finally:
+        if os.getpid() != process:
+            os._exit(0)  # the processor forked, and this is the child: it is no worker
         current_claim.reset(token)
 
 
@@ -54,21 +67,32 @@ def attempt(
     bq: BeanQueue,
     config: Config,
     claim: Claim,
-    processor: Processor[t.Any, t.Any, t.Any],
+    processor: AnyProcessor,
 ) -> Outcome | None:
     """Perform the task, and turn whatever it raises into an outcome."""
     try:
         return perform(app, bq, config, claim, processor)
-    except ClaimLost:
-        rollback(bq)
-        outcomes.lost(claim)
     except BaseException as error:  # sys.exit() in a task must not end its worker
         rollback(bq)
-        if not claim.settled:
-            task = make_task(bq, claim, attempts=claim.attempts + 1)
-            return outcomes.failed(claim, error, processor, task)
-        log.exception("%s raised after its end", claim.name, extra=claim.log_extra())
-    return None
+        if claim.settled:
+            log.exception("%s raised after its end", claim.label, extra=claim.log_extra())
+            return None
+        if is_interruption(error) and claim.claims < INTERRUPTIONS:
+            return outcomes.interrupted(claim, error)
+        if isinstance(error, ClaimLost):
+            # The fence tells whether that is so. If the task is still this worker's, the processor
+            # has deleted its row or changed it past the ORM.
+            return outcomes.failed(claim, error)
+        task = make_task(bq, claim, attempts=claim.attempts + 1)
+        return outcomes.failed(claim, error, processor, task)
+
+
+def is_interruption(error: BaseException) -> bool:
+    """Whether the database went away, which is no fault of the task."""
+    if not isinstance(error, sa.exc.DBAPIError):
+        return False
+    cannot_connect = isinstance(error, sa.exc.OperationalError) and error.statement is None
+    return error.connection_invalidated or cannot_connect
 
 
 def perform(
@@ -76,14 +100,14 @@ def perform(
     bq: BeanQueue,
     config: Config,
     claim: Claim,
-    processor: Processor[t.Any, t.Any, t.Any],
+    processor: AnyProcessor,
 ) -> Outcome | None:
     """Call the processor and finish: in its transaction, if it opened one."""
     if signals.task_started.receivers:
         signals.send(signals.task_started, app, task=attach_task(bq, claim))
     injected = bq.injection(processor.injected)
     if log.isEnabledFor(logging.DEBUG):
-        log.debug("%s starts", claim.name, extra=claim.log_extra())
+        log.debug("%s starts", claim.label, extra=claim.log_extra())
     result = processor.func(**injected, **claim.kwargs)
     if (savepoint := injected.get("savepoint")) is not None and savepoint.is_active:
         savepoint.commit()
@@ -108,39 +132,36 @@ def finish(app: Flask, bq: BeanQueue, session: Session, outcome: Outcome) -> Non
     """Commit what the processor wrote together with the outcome, if the claim still holds."""
     claim = outcome.claim
     session.flush()
-    if claim.settled or claim.fenced_in or set_by_processor(bq, session, claim):
+    if claim.settled or ended_in(session, claim):
         session.commit()  # under the guard of before_commit
         return
     connection = session.connection(bind_arguments={"mapper": bq.Task})
     if not outcomes.write(bq.queries, connection, [outcome]):
-        raise ClaimLost
-    claim.fenced_in = session.get_transaction()
+        raise ClaimLost(LOST)
+    claim.ended_in = claim.fenced_in = session.get_transaction()
     session.commit()
     outcomes.announce(app, outcome, lambda: make_task(bq, claim, outcome))
 
 
-def set_by_processor(bq: BeanQueue, session: Session, claim: Claim) -> bool:
-    """Whether the processor gave its task another state through the ORM."""
-    task = session.identity_map.get(sa_orm.util.identity_key(bq.Task, claim.id))
-    if task is None:
-        return False
-    return bool(sa.inspect(task).dict.get("state", PROCESSING) != PROCESSING)
+def ended_in(session: Session, claim: Claim) -> bool:
+    """Whether the session's open transaction holds the task's outcome."""
+    transaction = session.get_nested_transaction() or session.get_transaction()
+    while transaction is not None and transaction is not claim.ended_in:
+        transaction = transaction.parent
+    return transaction is not None
 
 
 def guard(bq: BeanQueue, session: Session, claim: Claim) -> None:
     """Lock the task's row for the session's commit.
 
-    :raises ClaimLost: if the task is another worker's by now.
+    :raises ClaimLost: if the task is another worker's by now, or somebody else has ended it.
     """
+    session.flush()
     connection = session.connection(bind_arguments={"mapper": bq.Task})
     state = bq.queries.hold(connection, claim)
-    set_here = claim.settled or set_by_processor(bq, session, claim)
-    if state is None or (state != PROCESSING and not set_here):
-        raise ClaimLost(
-            f"Task {claim.id} was taken from this worker; what it wrote must not be committed."
-        )
-    if set_here:
-        claim.fenced_in = session.get_transaction()
+    ended = claim.settled or ended_in(session, claim)
+    if state is None or ended == (state == PROCESSING):
+        raise ClaimLost(LOST)
 
 
 def listen_session(db: SQLAlchemy, bq: BeanQueue) -> None:
@@ -150,32 +171,34 @@ def listen_session(db: SQLAlchemy, bq: BeanQueue) -> None:
         if (claim := current_claim.get(None)) is not None:
             claim.began = True
 
-    def before_commit(session: Session) -> None:
-        # A processor commits by itself: fence that commit, too. Releasing a savepoint commits
-        # nothing; and where the outcome is written already, the fence has been passed.
-        claim = current_claim.get(None)
-        if claim is None or claim.fenced_in or session.in_nested_transaction():
+    def before_flush(session: Session, context: t.Any, instances: t.Any) -> None:
+        # A processor may end its task by setting its state. A state that was loaded says nothing:
+        # somebody else may have set it.
+        if (claim := current_claim.get(None)) is None:
             return
-        if used(session, claim):
+        task = session.identity_map.get(sa_orm.util.identity_key(bq.Task, claim.id))
+        if task is not None and sa.inspect(task).attrs.state.history.has_changes():
+            here = session.get_nested_transaction() or session.get_transaction()
+            claim.ended_in = None if task.state == PROCESSING else here
+
+    def before_commit(session: Session) -> None:
+        # A processor commits by itself: fence that commit, too.
+        if (claim := current_claim.get(None)) is None:
+            return
+        if (savepoint := session.get_nested_transaction()) is not None:
+            # Its release commits nothing, but hands over what it holds.
+            session.flush()
+            if claim.ended_in is savepoint:
+                claim.ended_in = savepoint.parent
+        elif session.get_transaction() is not claim.fenced_in and used(session, claim):
             guard(bq, session, claim)
 
     def after_commit(session: Session) -> None:
         claim = current_claim.get(None)
-        if claim is not None and claim.fenced_in and not session.in_nested_transaction():
-            claim.fenced_in = None
+        if claim is not None and not session.in_nested_transaction() and ended_in(session, claim):
             claim.settled = True
 
-    def after_soft_rollback(session: Session, previous: t.Any) -> None:
-        claim = current_claim.get(None)
-        if claim is None:
-            return
-        transaction = claim.fenced_in
-        while transaction is not None:
-            if transaction is previous:
-                claim.fenced_in = None
-            transaction = transaction.parent
-
-    for listener in (after_begin, before_commit, after_commit, after_soft_rollback):
+    for listener in (after_begin, before_flush, before_commit, after_commit):
         sa.event.listen(db.session, listener.__name__, listener)
 
 

@@ -34,7 +34,15 @@ from .retry import RetryPolicy
 
 
 class TaskStateError(RuntimeError):
-    """A task cannot be ended from outside, since it is not waiting for that."""
+    """A task cannot be ended from outside, since it is not waiting for that.
+
+    :ivar state: the task's state. ``PROCESSING``: its processor is still running, try again later.
+        Another: the task has ended, perhaps by the same call that came twice.
+    """
+
+    def __init__(self, message: str, state: str) -> None:
+        super().__init__(message)
+        self.state = state
 
 
 class BeanQueue:
@@ -292,7 +300,7 @@ class BeanQueue:
         )
         return ids
 
-    def complete(self, task_id: uuid.UUID, *, result: t.Any = None) -> None:
+    def complete(self, task_id: uuid.UUID | str, *, result: t.Any = None) -> None:
         """End a task that ``auto_complete=False`` left PROCESSING: it is DONE.
 
         It happens in ``db.session`` and takes effect with its commit.
@@ -303,7 +311,7 @@ class BeanQueue:
         """
         self._end(task_id, lambda claim: outcomes.ended(claim, result=result))
 
-    def fail(self, task_id: uuid.UUID, *, error: str) -> None:
+    def fail(self, task_id: uuid.UUID | str, *, error: str) -> None:
         """End a task that ``auto_complete=False`` left PROCESSING: it is FAILED, for good.
 
         It happens in ``db.session`` and takes effect with its commit.
@@ -323,20 +331,25 @@ class BeanQueue:
         if held is None:
             raise LookupError(f"There is no task {task_id}.")
         claim, state, parked = held
+        claim.parked = parked
         own = current_claim.get(None)
         if own is not None and own.id == task_id:
             claim = own  # with its own number of claims: it may be lost by now
         elif state == PROCESSING and not parked:
             raise TaskStateError(
                 f"Task {task_id} is still with its worker. It can be ended once its processor has"
-                " returned; if a webhook came early, answer it with an error so that it comes"
-                " again."
+                " returned; a webhook that came early has to come again.",
+                state,
             )
         if state != PROCESSING:
-            raise TaskStateError(f"Task {task_id} is {state}; only a running one can be ended.")
-        if not outcomes.write(self.queries, connection, [decide(claim)]):
-            raise TaskStateError(f"Task {task_id} was taken from this worker.")
-        claim.fenced_in = session.get_nested_transaction() or session.get_transaction()
+            raise TaskStateError(
+                f"Task {task_id} is {state}; only a running one can be ended.", state
+            )
+        outcome = decide(claim)
+        outcome.attempts = int(claim is own)  # a parked task's attempt is counted
+        if not outcomes.write(self.queries, connection, [outcome]):
+            raise TaskStateError(f"Task {task_id} was taken from this worker.", state)
+        claim.ended_in = session.get_nested_transaction() or session.get_transaction()
         task = session.identity_map.get(sa.orm.util.identity_key(self.Task, task_id))
         if task is not None:
             session.expire(task)
@@ -374,6 +387,8 @@ class BeanQueue:
         assert app is not None
         if isinstance(channels, str):
             raise TypeError(f"channels is a sequence of names: write channels=({channels!r},).")
+        if (concurrency := options.get("concurrency")) is not None and concurrency < 1:
+            raise ValueError(f"concurrency must be 1 or more, not {concurrency}")
         import_packages(self.config(app).PROCESSOR_PACKAGES)
         channels = tuple(dict.fromkeys(channels)) or self.registry.channels
         if not channels:
@@ -420,7 +435,7 @@ def check_engine(engine: Engine, bind_key: str | None) -> None:
         engine.get_execution_options().get("isolation_level"),
         getattr(engine.dialect, "_on_connect_isolation_level", None),
     )
-    if "AUTOCOMMIT" in levels:
+    if "AUTOCOMMIT" in (str(level).upper() for level in levels):
         raise RuntimeError(
             "The engine is in AUTOCOMMIT, where a task and its data cannot be committed together."
             " Take isolation_level out of SQLALCHEMY_ENGINE_OPTIONS."

@@ -8,7 +8,6 @@ import time
 import typing as t
 import uuid
 
-import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from . import outcome as outcomes
@@ -63,7 +62,7 @@ class Heartbeat(threading.Thread):
                     self._on_death()
                     break
                 failing = False
-            except sa.exc.SQLAlchemyError as error:
+            except Exception as error:  # whatever it is: without heartbeats the worker is dead
                 if not failing:
                     log.warning("The heartbeat fails, and goes on trying: %s", reason(error))
                 failing = True
@@ -90,7 +89,7 @@ class Heartbeat(threading.Thread):
         for worker_id, name in buried:
             log.warning("Worker %s (%s) sent no heartbeat for %g s", name, worker_id, timeout)
         if buried or now >= self._next_search:
-            # A lock that outlived its backend for a moment may have hidden a task: search once more.
+            # A lock that outlives its backend for a moment hides a task: search once more.
             self._next_search = now if buried else now + timeout
             self._queries.terminate(self._connection)
             self.take_over(self._connection)

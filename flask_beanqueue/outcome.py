@@ -16,11 +16,13 @@ from .claim import Claim
 from .listen import notify_name
 from .log import log
 from .models import DONE, FAILED, PENDING, PROCESSING, uuid7
-from .processor import Processor, check_aware, to_json
+from .processor import AnyProcessor, check_aware, to_json
 from .queries import Queries, Settlement
 
 #: Seconds before a task whose processor nobody knew is offered again, at most.
 UNKNOWN_DELAY = 10.0
+#: Seconds before a task that lost its database connection is offered again.
+INTERRUPTION_DELAY = 1.0
 #: Characters of an error message and of a traceback that are kept.
 MESSAGE_LENGTH = 2_000
 TRACEBACK_LENGTH = 100_000
@@ -60,9 +62,14 @@ class Outcome:
             "attempts": self.attempts,
             "crashes": self.crashes,
             "parked": self.parked,
+            "was_parked": self.claim.parked,
             "unknown": self.unknown,
             "delay": self.delay,
-            "scheduled_at": self.scheduled_at.isoformat() if self.scheduled_at else None,
+            "scheduled_at": (
+                self.scheduled_at.astimezone(datetime.UTC).isoformat()
+                if self.scheduled_at
+                else None
+            ),
             "channel": notify_name(self.claim.channel),
             "event_id": str(uuid7()) if self.event else None,
             "event": self.event,
@@ -88,11 +95,12 @@ def parked(claim: Claim, result: t.Any) -> Outcome:
 def failed(
     claim: Claim,
     error: BaseException,
-    processor: Processor[t.Any, t.Any, t.Any],
-    task: t.Any,
+    processor: AnyProcessor | None = None,
+    task: t.Any = None,
 ) -> Outcome:
     """The processor raised: try again, if its policy says so.
 
+    :param processor: whose policy is asked; none, where it could not help.
     :param task: what the policy is asked about.
     """
     outcome = Outcome(
@@ -103,9 +111,11 @@ def failed(
         traceback=storable_text(trace(error), TRACEBACK_LENGTH),
         attempts=1,
     )
-    if processor.retry_policy is None or not isinstance(error, processor.retry_exceptions):
+    if processor is None or processor.retry_policy is None:
         return outcome
     try:
+        if not isinstance(error, processor.retry_exceptions):
+            return outcome
         verdict = processor.retry_policy(task)
         if isinstance(verdict, datetime.timedelta):
             # now() + delay must stay a date that Python can read.
@@ -113,12 +123,18 @@ def failed(
         elif verdict is not None:
             check_aware("The time that a retry policy answers", verdict)
             outcome.scheduled_at = verdict
-    except Exception:
-        log.exception("The retry policy of %s raised", claim.name, extra=claim.log_extra())
+    except BaseException:
+        log.exception("The retry policy of %s raised", claim.label, extra=claim.log_extra())
         return outcome
     if verdict is not None:
         outcome.state, outcome.event = PENDING, "RETRIED"
     return outcome
+
+
+def interrupted(claim: Claim, error: BaseException) -> Outcome:
+    """The database went away meanwhile: run it again, uncounted."""
+    message = f"The database went away. {describe(error)}"
+    return Outcome(claim, PENDING, error_message=message, delay=INTERRUPTION_DELAY)
 
 
 def crashed(claim: Claim, maximum: int) -> Outcome:
@@ -148,7 +164,13 @@ def unknown(claim: Claim, known: int, grace: float) -> Outcome:
 
 def given_back(claim: Claim) -> Outcome:
     """The task has not run, or its worker leaves: as if it had not been claimed."""
-    return Outcome(claim, PENDING)
+    return Outcome(claim, PENDING, unknown=claim.unknown_for is not None)
+
+
+def unwritable(outcome: Outcome, error: BaseException) -> Outcome:
+    """The database refuses what the task came to: at least that can be said."""
+    message = f"Its outcome ({outcome.state}) could not be written. {describe(error)}"
+    return Outcome(outcome.claim, FAILED, "FAILED", error_message=message, attempts=1)
 
 
 def ended(claim: Claim, *, result: t.Any = None, error: str | None = None) -> Outcome:
@@ -186,20 +208,20 @@ def announce(app: t.Any, outcome: Outcome, task: t.Callable[[], t.Any]) -> None:
     claim = outcome.claim
     if outcome.state == DONE:
         if log.isEnabledFor(logging.DEBUG):
-            log.debug("%s is done", claim.name, extra=claim.log_extra())
+            log.debug("%s is done", claim.label, extra=claim.log_extra())
         if signals.task_succeeded.receivers:
             signals.send(signals.task_succeeded, app, task=task())
         return
     extra = claim.log_extra()
     if outcome.state == FAILED:
-        log.error("%s failed: %s", claim.name, outcome.error_message, extra=extra)
+        log.error("%s failed: %s", claim.label, outcome.error_message, extra=extra)
         signal = signals.task_failed
     elif outcome.event == "RETRIED":
-        log.warning("%s will be retried: %s", claim.name, outcome.error_message, extra=extra)
+        log.warning("%s will be retried: %s", claim.label, outcome.error_message, extra=extra)
         signal = signals.task_retried
     else:
         if outcome.error_message:
-            log.warning("%s waits again: %s", claim.name, outcome.error_message, extra=extra)
+            log.warning("%s waits again: %s", claim.label, outcome.error_message, extra=extra)
         return
     if signal.receivers:
         signals.send(signal, app, task=task(), error=outcome.error_message)
@@ -208,8 +230,8 @@ def announce(app: t.Any, outcome: Outcome, task: t.Callable[[], t.Any]) -> None:
 def lost(claim: Claim) -> None:
     """Log that a claim is no longer this worker's."""
     log.warning(
-        "%s was taken from this worker meanwhile; what it wrote is rolled back",
-        claim.name,
+        "%s is no longer this worker's; what it wrote is rolled back",
+        claim.label,
         extra=claim.log_extra(),
     )
 
@@ -225,7 +247,7 @@ def storable(claim: Claim, result: t.Any) -> str | None:
         return to_json(result)
     except Exception as error:
         log.warning(
-            "The result of %s is not stored: %s", claim.name, error, extra=claim.log_extra()
+            "The result of %s is not stored: %s", claim.label, error, extra=claim.log_extra()
         )
         return None
 

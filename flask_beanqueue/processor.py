@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import importlib
@@ -16,6 +17,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session, SessionTransaction
 
 from .claim import current_task_id
+from .config import ConfigError
 from .models import TaskModelMixin
 from .retry import RetryPolicy
 
@@ -33,6 +35,13 @@ C = t.TypeVar("C", bound=Session | TaskModelMixin | SessionTransaction)
 
 #: Parameters that the queue fills in, if the function names them.
 INJECTED = ("db", "task", "savepoint")
+
+#: Lists within lists that an argument may hold. Python's own limit depends on the caller: what a
+#: view can encode, a worker may not be able to decode.
+DEEPEST = 100
+
+#: The longest delay, so that it ends in a year that Python knows.
+CENTURIES = datetime.timedelta(days=365_000)
 
 #: U+0000 as JSON writes it, but not an escaped backslash before the text "u0000".
 NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
@@ -62,6 +71,8 @@ class Options:
                 raise ValueError("Give scheduled_at or delay, not both.")
             if not isinstance(self.delay, datetime.timedelta):
                 raise TypeError(f"delay must be a datetime.timedelta, not {self.delay!r}")
+            if abs(self.delay) > CENTURIES:
+                raise ValueError(f"delay is longer than ten centuries: {self.delay!r}")
         if self.scheduled_at is not None:
             check_aware("scheduled_at", self.scheduled_at)
 
@@ -79,6 +90,15 @@ def check_channel(channel: t.Any) -> None:
         raise ValueError(f"channel must not be empty or hold U+0000: {channel!r}")
 
 
+def check_exceptions(exceptions: t.Any) -> None:
+    for each in exceptions if isinstance(exceptions, tuple) else (exceptions,):
+        if not (isinstance(each, type) and issubclass(each, BaseException)):
+            raise TypeError(
+                f"retry_exceptions must be an exception class or a tuple of them, not"
+                f" {exceptions!r}"
+            )
+
+
 def check_aware(name: str, moment: t.Any) -> None:
     if not isinstance(moment, datetime.datetime):
         raise TypeError(f"{name} must be a datetime.datetime, not {moment!r}")
@@ -87,6 +107,9 @@ def check_aware(name: str, moment: t.Any) -> None:
             f"{name} has no time zone: {moment!r}. Use datetime.now(timezone.utc) as its base,"
             " or give delay=timedelta(…)."
         )
+    # In another time zone, PostgreSQL's answer may be a year that Python does not know.
+    if not datetime.MINYEAR < moment.year < datetime.MAXYEAR:
+        raise ValueError(f"{name} is out of range: {moment!r}")
 
 
 def to_json(value: t.Any) -> str:
@@ -111,7 +134,17 @@ def to_json(value: t.Any) -> str:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise ValueError("it holds half of a surrogate pair, which is no text") from None
+    if text.count("[") + text.count("{") > DEEPEST and is_deep(value):
+        raise ValueError("it is nested too deeply")
     return text
+
+
+def is_deep(value: t.Any) -> bool:
+    layer = [value]
+    for _ in range(DEEPEST):
+        inner = [each.values() if isinstance(each, dict) else each for each in layer]
+        layer = [each for part in inner for each in part if isinstance(each, (list, tuple, dict))]
+    return bool(layer)
 
 
 class Processor(t.Generic[P, R_co]):
@@ -135,7 +168,9 @@ class Processor(t.Generic[P, R_co]):
         self.func = func
         self.options = options
         self.retry_policy = retry_policy
-        self.retry_exceptions: Exceptions = retry_exceptions or BaseException
+        self.retry_exceptions: Exceptions = (
+            BaseException if retry_exceptions is None else retry_exceptions
+        )
         self.auto_complete = auto_complete
         self.module = func.__module__
         self.func_name = func.__name__
@@ -147,6 +182,11 @@ class Processor(t.Generic[P, R_co]):
                 f"{self.name} is a coroutine function. A processor is an ordinary function;"
                 " call asyncio.run(…) inside one."
             )
+        if inspect.isgeneratorfunction(func) or inspect.isasyncgenfunction(func):
+            raise TypeError(f"{self.name} is a generator function: nothing in it would run.")
+        if retry_policy is not None and not callable(retry_policy):
+            raise TypeError(f"{self.name}: retry_policy must be callable, not {retry_policy!r}")
+        check_exceptions(self.retry_exceptions)
         signature = inspect.signature(func)
         for parameter in signature.parameters.values():
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
@@ -170,13 +210,14 @@ class Processor(t.Generic[P, R_co]):
     def __repr__(self) -> str:
         return f"<Processor {self.name} on {self.options.channel!r}>"
 
-    def __call__(self, *args: t.Any, **kwargs: t.Any) -> R_co:
+    def __call__(self, /, *args: t.Any, **kwargs: t.Any) -> R_co:
         """Call the function, here and now. ``db``, ``task`` and ``savepoint`` are filled in as
         in a worker where they are not given; ``task`` is None outside of one."""
+        injected: dict[str, t.Any] = {}
         if self.injected and not args:
-            missing = [name for name in self.injected if name not in kwargs]
-            kwargs = {**self.bq.injection(missing), **kwargs}
-        return self.func(*args, **kwargs)
+            injected = self.bq.injection(name for name in self.injected if name not in kwargs)
+        with injected.get("savepoint") or contextlib.nullcontext():
+            return self.func(*args, **injected, **kwargs)
 
     def using(
         self,
@@ -206,7 +247,7 @@ class Processor(t.Generic[P, R_co]):
         other.options = dataclasses.replace(self.options, **changes)
         return other
 
-    def run(self, *args: P.args, **kwargs: P.kwargs) -> TaskModelMixin:
+    def run(self, /, *args: P.args, **kwargs: P.kwargs) -> TaskModelMixin:
         """Make a task for this processor. It is in no session yet.
 
         :return: a ``bq.Task``; add it, or a row that refers to it, to a session.
@@ -226,7 +267,7 @@ class Processor(t.Generic[P, R_co]):
             task.parent_id = parent_id
         return task
 
-    def enqueue(self, *args: P.args, **kwargs: P.kwargs) -> TaskModelMixin:
+    def enqueue(self, /, *args: P.args, **kwargs: P.kwargs) -> TaskModelMixin:
         """Make a task and add it to ``db.session``; the session's commit hands it over.
 
         :raises ArgumentError: as :meth:`run` does.
@@ -256,7 +297,7 @@ class Processor(t.Generic[P, R_co]):
                 raise ArgumentError(f"Item {number}: {error}") from None
         return self.bq.insert_many(self, rows) if rows else []
 
-    def check(self, *args: t.Any, **kwargs: t.Any) -> dict[str, t.Any]:
+    def check(self, /, *args: t.Any, **kwargs: t.Any) -> dict[str, t.Any]:
         """Return a task's arguments by name.
 
         :raises ArgumentError: as :meth:`run` does.
@@ -266,14 +307,14 @@ class Processor(t.Generic[P, R_co]):
         return arguments
 
     def bind(self, args: tuple[t.Any, ...], kwargs: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
+        for name in self.injected:
+            if name in kwargs:
+                raise ArgumentError(
+                    f"{self.name}: {name!r} is filled in by the worker; leave it out."
+                )
         try:
             bound = self.signature.bind(*args, **kwargs)
         except TypeError as error:
-            for name in self.injected:
-                if name in kwargs:
-                    raise ArgumentError(
-                        f"{self.name}: {name!r} is filled in by the worker; leave it out."
-                    ) from None
             raise ArgumentError(f"{self.name}{self.signature}: {error}") from None
         arguments = dict(bound.arguments)
         for name, parameter in self.signature.parameters.items():
@@ -287,10 +328,12 @@ AnyProcessor = Processor[..., t.Any]
 
 
 class Decorator(t.Protocol):
-    """What :meth:`BeanQueue.processor` returns, for type checkers, which cannot go by the names of
-    parameters: they take ``db``, ``task`` and ``savepoint`` off where these come first and are
-    annotated as ``Session``, :class:`TaskModelMixin` (or an own model) and ``SessionTransaction``.
-    Behind others, beside ``**kwargs``, or annotated as ``Any``, they make any argument pass.
+    """What :meth:`BeanQueue.processor` returns, for type checkers.
+
+    They cannot go by the names of parameters, so they take ``db``, ``task`` and ``savepoint`` off
+    where these come first, annotated as ``Session``, :class:`TaskModelMixin` (or an own model) and
+    ``SessionTransaction``. In second place, beside ``**kwargs``, or annotated as ``Any``, they let
+    any arguments pass.
     """
 
     @t.overload
@@ -313,7 +356,7 @@ def to_json_arguments(processor: AnyProcessor, arguments: dict[str, t.Any]) -> s
     """Encode a task's arguments, or name the one that cannot be."""
     try:
         return to_json(arguments)
-    except ValueError:
+    except ValueError as problem:
         for name, value in arguments.items():
             try:
                 to_json(value)
@@ -322,7 +365,9 @@ def to_json_arguments(processor: AnyProcessor, arguments: dict[str, t.Any]) -> s
                     f"{processor.name}: the argument {name!r} cannot be stored as JSON: {error}."
                     " Pass something plain in its place, such as an id, a string or a number."
                 ) from None
-        raise
+        raise ArgumentError(
+            f"{processor.name}: the arguments cannot be stored as JSON: {problem}."
+        ) from None
 
 
 class Registry:
@@ -366,10 +411,15 @@ class Registry:
 def import_packages(names: t.Iterable[str]) -> None:
     """Import packages with all their submodules, so that their processors register.
 
-    :raises ImportError: naming the package that cannot be imported.
+    :raises ConfigError: for a package that is not there.
     """
     for name in names:
-        package = importlib.import_module(name)
+        try:
+            package = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if not f"{name}.".startswith(f"{error.name}."):  # something that it imports
+                raise
+            raise ConfigError(f"BQ_PROCESSOR_PACKAGES names {name}: {error}") from error
         for module in pkgutil.walk_packages(getattr(package, "__path__", ()), f"{name}."):
             if not module.name.endswith(".__main__"):
                 importlib.import_module(module.name)

@@ -83,6 +83,7 @@ class Settlement(t.TypedDict):
     attempts: int
     crashes: int
     parked: bool
+    was_parked: bool
     unknown: bool
     delay: float | None
     scheduled_at: str | None
@@ -127,7 +128,7 @@ class Queries:
                     WHERE t.state = 'PENDING'
                       AND t.channel = level.channel AND t.priority = level.priority
                       AND (t.scheduled_at, t.id) > (to_timestamp(level.at), level.id)
-                      AND t.scheduled_at <= now() AND t.crashes = 0
+                      AND t.scheduled_at <= now() AND t.crashes < 1
                     ORDER BY t.scheduled_at, t.id LIMIT :limit
                     FOR NO KEY UPDATE SKIP LOCKED
                 ) AS picked
@@ -206,8 +207,8 @@ class Queries:
                 CAST(:ctids AS tid[]), CAST(:ids AS uuid[]), CAST(:claims AS int[]),
                 CAST(:results AS text[])
             ) AS done (ctid, id, claims, result)
-            WHERE t.ctid = ANY (CAST(:ctids AS tid[])) AND t.ctid = done.ctid
-              AND t.id = done.id AND t.claims = done.claims AND t.state || '' = 'PROCESSING'
+            WHERE t.ctid = done.ctid AND t.id = done.id AND t.claims = done.claims
+              AND t.state || '' = 'PROCESSING'
             RETURNING t.id
         """).columns(id=postgresql.UUID(as_uuid=True))
 
@@ -218,13 +219,15 @@ class Queries:
             WITH outcome AS MATERIALIZED (
                 SELECT * FROM jsonb_to_recordset(CAST(:outcomes AS jsonb)) AS outcome (
                     id uuid, claims int, state text, result text, error_message text,
-                    attempts int, crashes int, parked bool, unknown bool, delay float8,
-                    scheduled_at timestamptz, channel text,
+                    attempts int, crashes int, parked bool, was_parked bool, unknown bool,
+                    delay float8, scheduled_at timestamptz, channel text,
                     event_id uuid, event text, traceback text)
             ), settled AS (
                 UPDATE {tasks} AS t SET state = outcome.state,
                     result = COALESCE(CAST(outcome.result AS jsonb), t.result),
-                    error_message = outcome.error_message,
+                    error_message = CASE WHEN outcome.state = 'PENDING'
+                        THEN COALESCE(outcome.error_message, t.error_message)
+                        ELSE outcome.error_message END,
                     attempts = t.attempts + outcome.attempts,
                     crashes = t.crashes + outcome.crashes,
                     parked = outcome.parked,
@@ -240,6 +243,7 @@ class Queries:
                         THEN clock_timestamp() END
                 FROM outcome
                 WHERE t.id = outcome.id AND t.claims = outcome.claims AND t.state = 'PROCESSING'
+                  AND t.parked = outcome.was_parked
                 RETURNING t.id, t.state, t.scheduled_at, t.error_message,
                     outcome.channel, outcome.event_id, outcome.event, outcome.traceback
             ), written AS (

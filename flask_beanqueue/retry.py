@@ -59,9 +59,12 @@ class ExponentialBackoffRetry:
         maximum: datetime.timedelta = datetime.timedelta(hours=1),
         jitter: float = 0.5,
     ) -> None:
+        for name, value in (("base", base), ("maximum", maximum)):
+            if not isinstance(value, datetime.timedelta):
+                raise TypeError(f"{name} must be a datetime.timedelta, not {value!r}")
         if base < datetime.timedelta(0) or maximum < base:
             raise ValueError("base must not be negative, and maximum not be less than base")
-        if factor < 1:
+        if not factor >= 1:
             raise ValueError(f"factor must be 1 or more, not {factor}")
         if not 0 <= jitter <= 1:
             raise ValueError(f"jitter must be between 0 and 1, not {jitter}")
@@ -87,6 +90,10 @@ class LimitAttempt:
     """
 
     def __init__(self, maximum_attempt: int, retry_policy: RetryPolicy | None = None) -> None:
+        if not isinstance(maximum_attempt, int):
+            raise TypeError(f"maximum_attempt must be a whole number, not {maximum_attempt!r}")
+        if retry_policy is not None and not callable(retry_policy):
+            raise TypeError(f"retry_policy must be callable, not {retry_policy!r}")
         if maximum_attempt < 1:
             raise ValueError(f"maximum_attempt must be 1 or more, not {maximum_attempt}")
         self.maximum_attempt = maximum_attempt

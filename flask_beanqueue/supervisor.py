@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import threading
 import time
 import traceback
 import types
@@ -11,23 +13,32 @@ import typing as t
 
 from .log import log
 
-#: Seconds that a process must have lived to be replaced at once when it dies.
+#: Seconds after which a process counts as well started.
 STEADY = 5.0
+#: Processes that may fail to start in a row, for each that there should be.
+ATTEMPTS = 3
 
 
 class Supervisor:
-    """Starts processes by fork, replaces those that die, and passes SIGTERM and SIGINT on.
+    """Starts processes by fork, replaces those that end, and passes SIGTERM and SIGINT on.
 
-    It must be used before the process has threads.
+    It must be used before the process has threads. If it is killed itself, its processes get
+    SIGTERM.
 
     :param start: what a process does, given its number; its answer is the exit code.
     :param processes: how many.
+    :param replaces: whether a process that ends well is replaced, too.
     """
 
-    def __init__(self, start: t.Callable[[int], int], processes: int) -> None:
+    def __init__(
+        self, start: t.Callable[[int], int], processes: int, *, replaces: bool = True
+    ) -> None:
         self._start = start
         self._processes = processes
+        self._replaces = replaces
         self._children: dict[int, tuple[int, float]] = {}
+        self._lifeline = os.pipe()
+        self._failures = 0
         self._stopping = False
         self._failed = False
 
@@ -39,26 +50,33 @@ class Supervisor:
             self._fork(index)
         while self._children:
             pid, status = os.wait()
-            if pid not in self._children:
-                continue
-            index, since = self._children.pop(pid)
-            code = os.waitstatus_to_exitcode(status)
-            if code == 0:
-                continue
-            if self._stopping:
-                self._failed = True
-                continue
-            log.error(
-                "Worker process %d (%d) %s; a new one takes its place",
-                index + 1,
-                pid,
-                f"was ended by signal {-code}" if code < 0 else f"left with exit code {code}",
-            )
-            if time.monotonic() - since < STEADY:
-                time.sleep(1)  # perhaps it cannot start at all
-            if not self._stopping:
-                self._fork(index)
+            if pid in self._children:
+                index, since = self._children.pop(pid)
+                self._ended(index, pid, time.monotonic() - since, os.waitstatus_to_exitcode(status))
+        for end in self._lifeline:
+            os.close(end)
         return 1 if self._failed else 0
+
+    def _ended(self, index: int, pid: int, lived: float, code: int) -> None:
+        """Replace a process, unless it was to end or cannot start at all."""
+        if self._stopping:
+            self._failed |= code != 0
+            return
+        if code == 0 and not self._replaces:
+            return
+        how = f"was ended by signal {-code}" if code < 0 else f"left with exit code {code}"
+        # Who is killed has started: a task may have done it.
+        self._failures = self._failures + 1 if code > 0 and lived < STEADY else 0
+        if self._failures >= ATTEMPTS * self._processes:
+            log.error("Worker process %d (%d) %s; none can start: giving up", index + 1, pid, how)
+            self._failed = True
+            self._stop()
+            return
+        log.error("Worker process %d (%d) %s; a new one takes its place", index + 1, pid, how)
+        if self._failures:
+            time.sleep(1)
+        if not self._stopping:
+            self._fork(index)
 
     def _fork(self, index: int) -> None:
         # A signal between the fork and the child's own handlers must end the child.
@@ -71,6 +89,8 @@ class Supervisor:
                 for number in signals:
                     signal.signal(number, signal.default_int_handler)
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+                os.close(self._lifeline[1])
+                threading.Thread(target=self._follow, daemon=True).start()
                 code = self._start(index)
             except KeyboardInterrupt:
                 code = 0
@@ -80,8 +100,16 @@ class Supervisor:
                 os._exit(code)
         self._children[pid] = index, time.monotonic()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        if self._stopping:  # the signal came before the child was known
+            self._stop()
 
-    def _stop(self, number: int, frame: types.FrameType | None) -> None:
+    def _follow(self) -> None:
+        """In a child: leave when the supervisor is gone, and its end of the pipe with it."""
+        os.read(self._lifeline[0], 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def _stop(self, number: int | None = None, frame: types.FrameType | None = None) -> None:
         self._stopping = True
-        for pid in self._children:
-            os.kill(pid, signal.SIGTERM)
+        for pid in list(self._children):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)

@@ -40,6 +40,8 @@ TROUBLE = (sa.exc.DBAPIError, sa.exc.TimeoutError)
 
 #: Seconds that an outcome waits for others to be written with.
 FLUSH_AFTER = 0.02
+#: Seconds that a task which has to run alone waits for that at first, with nothing else begun.
+PATIENCE = 0.5
 #: Longest sleep, in seconds, while LISTEN is wanted and cannot be had.
 LISTEN_LOST = 1.0
 #: Seconds after which claimed tasks that cannot start are given back.
@@ -98,12 +100,17 @@ class Worker:
         #: A task that was in a crash, and waits until it can run alone; or does so.
         self._suspect: Claim | None = None
         self._suspect_runs = False
+        #: How long it may wait, until when it does, and when the next one may be claimed.
+        self._patience = PATIENCE
+        self._suspect_until = 0.0
+        self._next_suspect = 0.0
 
         #: There is nothing to claim before this time, unless there is news.
         self._quiet_until = 0.0
         self._looked = False
         self._empty = False
         self._failures = 0
+        self._strays_at = float("inf")
         self._stopping = False
         self._grace_until = float("inf")
         self._died = False
@@ -182,12 +189,16 @@ class Worker:
             "LISTEN" if self._listener.listens else f"polling every {self._poll_timeout:g} s",
         )
 
+        for channel in set(self.channels) - set(self.bq.registry.channels):
+            log.warning("No processor has %r as its channel; is it spelt right?", channel)
+
     def _signal(self, which: t.Any) -> None:
         signals.send(which, self.app, worker_id=self.id, channels=self.channels)
 
     def _die(self) -> None:
         self._died = True
-        self.stop()
+        if not self._stopping:
+            self.stop()
 
     @contextlib.contextmanager
     def _signal_handlers(self) -> t.Iterator[None]:
@@ -219,7 +230,8 @@ class Worker:
                 self._flush()
                 self._start_suspect()
                 if self._crew.waiting and self._crew.stuck_for > GIVE_BACK_AFTER:
-                    self._give_back(self._crew.take_back())
+                    self._give_back_waiting()
+                self._return_strays_again()
             except TROUBLE as error:
                 self._reconnect(error)
                 continue
@@ -236,14 +248,14 @@ class Worker:
         try:
             while True:
                 try:
-                    self._give_back(self._crew.take_back())
+                    self._give_back_waiting()
                     if self._suspect is not None and not self._suspect_runs:
                         self._give_back([self._suspect])
                     self._flush()
                     if self._held and time.monotonic() >= self._grace_until:
-                        log.warning("The time is up: %d tasks are given back", len(self._held))
+                        log.warning("Tasks given back while they run: %d", len(self._held))
                         self._flush(everything=True)
-                        self._give_back(list(self._held.values()))
+                        self._give_back(self._held.values())
                     if not self._held:
                         heartbeat.stop()  # or it would take the retired for the dead
                         self.bq.queries.retire(self._connected(), self.id)
@@ -272,7 +284,7 @@ class Worker:
         connection = self._connected()
         if not self._looked and not self._look(connection):
             return
-        while (wanted := self._crew.wanted) > 0:
+        while len(self._crew.done) < self.config.BATCH_SIZE and (wanted := self._crew.wanted) > 0:
             claims = self.bq.queries.claim(connection, self.id, self._marks.turn(), wanted)
             for claim in claims:
                 self._held[claim.id] = claim
@@ -296,7 +308,8 @@ class Worker:
         now = time.monotonic()
         due = self._marks.seen(look, now - start)
         self._looked = True
-        if look.suspects:
+        if look.suspects and now >= self._next_suspect:
+            self._suspect_until = now + self._patience
             self._suspect = self.bq.queries.claim_suspect(connection, self.id, self.channels)
             if self._suspect is not None:
                 self._held[self._suspect.id] = self._suspect
@@ -309,10 +322,16 @@ class Worker:
 
     def _start_suspect(self) -> None:
         """Start the task that was in a crash as soon as nothing else is held that it could take
-        along."""
-        if self._suspect is not None and not self._suspect_runs and len(self._held) == 1:
+        along. If that lasts too long, give it back for now, and have more patience next time."""
+        if self._suspect is None or self._suspect_runs:
+            return
+        if len(self._held) == 1:
             self._suspect_runs = True
             self._crew.add(self._suspect)
+        elif (now := time.monotonic()) >= self._suspect_until:
+            self._next_suspect = now + 10 * self._patience
+            self._patience *= 2
+            self._give_back([self._suspect])
 
     def _ask_again(self) -> None:
         self._quiet_until = 0.0
@@ -343,12 +362,17 @@ class Worker:
             return 0.0
         return done[0].at + FLUSH_AFTER
 
-    def _give_back(self, claims: list[Claim]) -> None:
+    def _give_back(self, claims: t.Iterable[Claim]) -> None:
+        self._write([outcomes.given_back(claim) for claim in claims])
+
+    def _give_back_waiting(self) -> None:
+        """Give back what no thread has begun."""
+        claims = self._crew.take_back()
         try:
-            self._write([outcomes.given_back(claim) for claim in claims])
+            self._give_back(claims)
         except BaseException:
             for claim in claims:
-                if claim.id in self._held and claim is not self._suspect:
+                if claim.id in self._held:
                     self._crew.add(claim)
             raise
 
@@ -357,9 +381,8 @@ class Worker:
         for start in range(0, len(batch), size):
             part = batch[start : start + size]
             ids = {outcome.claim.id for outcome in part}
-            connection = self._connected()
             try:
-                written = outcomes.write(self.bq.queries, connection, part)
+                written = self._write_part(part)
             except BaseException:
                 self._unsure |= ids
                 raise
@@ -374,17 +397,39 @@ class Worker:
                     outcomes.lost(outcome.claim)
             self._unsure -= ids
 
+    def _write_part(self, part: list[Outcome], *, last_try: bool = False) -> list[Outcome]:
+        """Write outcomes together; where the database refuses one, the others without it."""
+        try:
+            return outcomes.write(self.bq.queries, self._connected(), part)
+        except sa.exc.DBAPIError as error:
+            if not is_refusal(error):
+                raise
+            if len(part) > 1:
+                return [each for outcome in part for each in self._write_part([outcome])]
+            [outcome] = part
+            log.error("%s: its outcome is refused: %s", outcome.claim.label, reason(error))
+            if last_try:
+                return []
+            return self._write_part([outcomes.unwritable(outcome, error)], last_try=True)
+
     def _release(self, claim: Claim) -> None:
         """Hold a task no longer: its outcome is written."""
         self._held.pop(claim.id, None)
         if claim is self._suspect:
+            if self._suspect_runs:
+                self._patience = PATIENCE
             self._suspect, self._suspect_runs = None, False
             self._marks.look_soon()  # there may be more of them
             self._ask_again()
 
     def _announce(self, outcome: Outcome) -> None:
-        with self.app.app_context() if signals.any_receivers() else contextlib.nullcontext():
-            outcomes.announce(self.app, outcome, lambda: make_task(self.bq, outcome.claim, outcome))
+        try:
+            with self.app.app_context() if signals.any_receivers() else contextlib.nullcontext():
+                outcomes.announce(
+                    self.app, outcome, lambda: make_task(self.bq, outcome.claim, outcome)
+                )
+        except Exception:  # of a function that the app runs around its contexts
+            log.exception("The app context of a signal raised")
 
     # Waiting.
 
@@ -436,7 +481,10 @@ class Worker:
         if self._stopping:
             until.append(self._grace_until)
         else:
-            if self._suspect is None and self._crew.wanted > 0:
+            until.append(self._strays_at)
+            if self._suspect is not None and not self._suspect_runs:
+                until.append(self._suspect_until)
+            elif self._suspect is None and self._crew.wanted > 0:
                 until.append(self._quiet_until)
             if self.config.LISTEN and not self._listener.listens:
                 until.append(self._listener.next_try)
@@ -464,18 +512,28 @@ class Worker:
             alive, _ = self.bq.queries.beat(connection, self.id, timeout, bury=False)
             if not alive and not self._stopping:
                 self._die()
-            # A claim may have been committed whose answer was lost with the old connection.
-            strays = [
-                outcomes.given_back(claim)
-                for claim in self.bq.queries.mine(connection, self.id)
-                if claim.id not in self._held or self._held[claim.id].claims != claim.claims
-            ]
-            if strays:
-                outcomes.write(self.bq.queries, connection, strays)
+            self._return_strays(connection)
             self._connection = connection
+            self._strays_at = time.monotonic() + timeout
             self._marks.look_soon()
             self._ask_again()
         return self._connection
+
+    def _return_strays(self, connection: Connection) -> None:
+        """Give back claims that were committed although the answer was lost with a connection."""
+        strays = [
+            outcomes.given_back(claim)
+            for claim in self.bq.queries.mine(connection, self.id)
+            if claim.id not in self._held or self._held[claim.id].claims != claim.claims
+        ]
+        if strays:
+            outcomes.write(self.bq.queries, connection, strays)
+
+    def _return_strays_again(self) -> None:
+        """A lost backend may have been at work still when the connection was made anew."""
+        if time.monotonic() >= self._strays_at:
+            self._return_strays(self._connected())
+            self._strays_at = float("inf")
 
     def _disconnect(self) -> None:
         if self._connection is not None:
@@ -504,6 +562,16 @@ class Worker:
                 error = again
 
 
+def is_refusal(error: sa.exc.DBAPIError) -> bool:
+    """Whether the database refuses what it was given, and would do so again: a value, a
+    constraint, a trigger, a limit."""
+    if error.connection_invalidated:
+        return False
+    state = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None) or ""
+    kinds = (sa.exc.DataError, sa.exc.IntegrityError, sa.exc.InternalError)
+    return isinstance(error, kinds) or state.startswith("54")
+
+
 def check_pool(engine: sa.Engine, concurrency: int) -> None:
     """Refuse more threads than the app's pool has connections.
 
@@ -513,9 +581,10 @@ def check_pool(engine: sa.Engine, concurrency: int) -> None:
     if not isinstance(pool, sa.pool.QueuePool) or pool._max_overflow < 0:
         return
     most = pool.size() + pool._max_overflow
-    if concurrency > most:
+    if concurrency >= most:
         raise ValueError(
-            f"{concurrency} tasks at once need as many connections, but the app's pool has at most"
-            f" {most}. Give it more with SQLALCHEMY_ENGINE_OPTIONS ="
-            f' {{"pool_size": {concurrency}}}, or lower --concurrency (BQ_CONCURRENCY).'
+            f"{concurrency} tasks at once need as many connections, and one for the worker to"
+            f" connect with, but the app's pool has at most {most}. Lower --concurrency"
+            " (BQ_CONCURRENCY), or give it more with SQLALCHEMY_ENGINE_OPTIONS ="
+            f' {{"pool_size": {concurrency + 1}}}.'
         )

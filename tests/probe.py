@@ -59,17 +59,17 @@ class Probe:
     def close(self) -> None:
         self.connection.close()
 
-    def listen_states(self, table: str = "bq_tasks") -> None:
+    def listen_states(self, table: str = "bq_tasks", name: str = "func_name") -> None:
         """Hear ``func_name STATE`` whenever a committed change gives a task a state."""
         self.connection.cursor().execute(
             f"""
-            CREATE OR REPLACE FUNCTION tell_state() RETURNS trigger LANGUAGE plpgsql AS $$
+            CREATE FUNCTION tell_state_of_{table}() RETURNS trigger LANGUAGE plpgsql AS $$
             BEGIN
-                PERFORM pg_notify('probe', NEW.func_name || ' ' || NEW.state);
+                PERFORM pg_notify('probe', NEW.{name} || ' ' || NEW.state);
                 RETURN NULL;
             END $$;
             CREATE TRIGGER tell_state AFTER UPDATE OF state ON {table}
-                FOR EACH ROW EXECUTE FUNCTION tell_state();
+                FOR EACH ROW EXECUTE FUNCTION tell_state_of_{table}();
             """
         )
 

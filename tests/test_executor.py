@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+import threading
 import uuid
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from flask import Flask, current_app, g
+from flask import Flask, appcontext_pushed, current_app, g
 from flask_sqlalchemy import SQLAlchemy
 
 from flask_beanqueue import BeanQueue, current_task
@@ -650,3 +651,114 @@ def test_an_unknown_processor_fails_after_its_grace(
     assert task.state == "FAILED"
     assert "BQ_PROCESSOR_PACKAGES" in task.error_message
     assert "BQ_UNKNOWN_GRACE" in task.error_message
+
+
+def test_a_policy_that_ends_programs_ends_only_the_task(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work
+) -> None:
+    @bq.processor(retry_policy=lambda task: sys.exit("policy"))
+    def fail() -> None:
+        raise ValueError("first")
+
+    with app.app_context():
+        fail.enqueue()
+        db.session.commit()
+    work()
+    task = only_task(app, bq)
+    assert (task.state, task.error_message) == ("FAILED", "ValueError: first")
+
+
+def test_an_app_context_that_cannot_be_pushed_fails_the_task(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work
+) -> None:
+    ran = []
+
+    @bq.processor()
+    def run() -> None:
+        ran.append(1)
+
+    with app.app_context():
+        run.enqueue()
+        db.session.commit()
+
+    def refuse(sender: Flask) -> None:
+        if threading.current_thread().name == "beanqueue-0":
+            raise LookupError("no context")
+
+    with appcontext_pushed.connected_to(refuse, app):
+        work(concurrency=1)
+    task = only_task(app, bq)
+    assert (task.state, task.error_message) == ("FAILED", "LookupError: no context")
+    assert ran == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "DELETE FROM bq_tasks",
+        "UPDATE bq_tasks SET state = 'CANCELLED'",
+        "UPDATE bq_tasks SET id = gen_random_uuid()",
+    ],
+)
+def test_a_processor_that_spoils_its_own_row_fails(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work, change: str
+) -> None:
+    @bq.processor()
+    def spoil(db: Any) -> None:
+        db.add(Note(text="never"))
+        db.execute(sa.text(change))
+
+    with app.app_context():
+        spoil.enqueue()
+        db.session.commit()
+    work()
+    task = only_task(app, bq)
+    assert task.state == "FAILED"
+    assert "past the ORM" in task.error_message
+    assert texts(app, db, Note) == []
+
+
+def test_a_lost_connection_is_no_failure(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work
+) -> None:
+    lost = []
+
+    @bq.processor()
+    def write(db: Any) -> None:
+        db.add(Note(text="once"))
+        db.flush()
+        if not lost:
+            pid = db.scalar(sa.text("SELECT pg_backend_pid()"))
+            with bq.engine(app).connect() as connection:
+                lost.append(connection.scalar(sa.text(f"SELECT pg_terminate_backend({pid}, 5000)")))
+            db.execute(sa.text("SELECT 1"))
+
+    with app.app_context():
+        write.enqueue()
+        db.session.commit()
+    work()
+    task = only_task(app, bq)
+    assert lost == [True]
+    assert (task.state, task.attempts, task.crashes) == ("PENDING", 0, 0)
+    assert task.error_message.startswith("The database went away.")
+    with app.app_context():
+        db.session.execute(sa.update(bq.Task).values(scheduled_at=sa.func.now()))
+        db.session.commit()
+    work()
+    assert texts(app, db, Note) == ["once"]
+    task = only_task(app, bq)
+    assert (task.state, task.attempts, task.error_message) == ("DONE", 1, None)
+
+
+def test_a_processor_that_always_kills_its_connection_fails_in_the_end(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work
+) -> None:
+    @bq.processor()
+    def kill(db: Any) -> None:
+        db.execute(sa.text("SELECT pg_terminate_backend(pg_backend_pid())"))
+
+    with app.app_context():
+        db.session.add(bq.Task(module=kill.module, name="kill", claims=19))
+        db.session.commit()
+    work()
+    assert only_task(app, bq).state == "FAILED"

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import pytest
 from flask import Flask
 
@@ -71,7 +72,7 @@ def test_a_frozen_worker_holds_nobody_up_and_leaves_no_trace(
     first.thaw()
     assert first.wait() == 1
     assert "declared dead" in first.output
-    assert "taken from this worker" in first.output or "OperationalError" in first.output
+    assert "no longer this worker's" in first.output or "OperationalError" in first.output
     assert effects(database_url) == ([] if task == "freeze_without_session" else [task])
     [(state, claims, crashes, attempts)] = rows(database_url, "state, claims, crashes, attempts")
     assert (state, claims, crashes, attempts) == ("DONE", 2, 1, 1)
@@ -308,3 +309,45 @@ def test_a_process_that_dies_is_replaced(
     assert effects(database_url) == ["1"]
     assert worker.stop() == 0
     assert query(database_url, "SELECT count(*) FROM bq_workers WHERE state = 'SHUTDOWN'") == [(2,)]
+
+
+def test_a_forked_child_of_a_processor_is_no_worker(
+    app: Flask, database_url: str, probe: Probe, processes: Processes
+) -> None:
+    worker = processes.worker(APP)
+    faults.fork.enqueue()
+    faults.db.session.commit()
+    probe.wait("fork DONE")
+    assert rows(database_url, "result, attempts") == [("parent", 1)]
+    assert worker.stop() == 0
+
+
+def test_processes_leave_when_their_supervisor_is_killed(
+    app: Flask, database_url: str, probe: Probe, processes: Processes
+) -> None:
+    probe.listen_states("bq_workers", "name")
+    supervisor = processes.worker(APP, "--processes", "2", "--name", "child")
+    supervisor.kill()
+    probe.wait("child-1 SHUTDOWN")
+    probe.wait("child-2 SHUTDOWN")
+
+
+def test_a_process_that_ends_well_is_replaced_too(
+    app: Flask, database_url: str, probe: Probe, processes: Processes
+) -> None:
+    supervisor = processes.worker(APP, "--processes", "2")
+    child = psutil.Process(supervisor.pid).children()[0]
+    child.terminate()
+    supervisor.wait_line(f"({child.pid}) left with exit code 0; a new one takes its place")
+    assert supervisor.stop() == 0
+
+
+def test_processes_that_cannot_start_are_given_up(
+    app: Flask, database_url: str, processes: Processes
+) -> None:
+    query(database_url, "DROP TABLE bq_events, bq_tasks, bq_workers CASCADE")
+    supervisor = processes.flask("--app", APP, "bq", "worker", "--processes", "2")
+    assert supervisor.wait() == 1
+    assert "Create the queue's tables with `flask bq create-tables`" in supervisor.output
+    assert "giving up" in supervisor.output
+    assert "Traceback" not in supervisor.output

@@ -311,7 +311,7 @@ def test_an_outcome_whose_answer_is_lost_is_not_called_lost(
     assert log == [1]
     assert (task.state, task.claims, task.attempts) == ("DONE", 1, 1)
     assert "tried again" in caplog.text
-    assert "taken from this worker" not in caplog.text
+    assert "no longer this worker's" not in caplog.text
 
 
 def test_a_worker_that_leaves_is_not_taken_for_dead(

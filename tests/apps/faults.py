@@ -131,3 +131,13 @@ def wait(name: str) -> None:
     """Runs as long as the test wants it to."""
     pause(f"waiting {name}")
     effect(name)
+
+
+@bq.processor(channel="faults")
+def fork() -> str:
+    """Leaves a child that returns as if it were the worker."""
+    pid = os.fork()
+    if pid == 0:
+        return "child"
+    os.waitpid(pid, 0)
+    return "parent"
