@@ -1,0 +1,465 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import socket
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import Result
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+
+import flask_beanqueue
+from flask_beanqueue import BeanQueue, LimitAttempt
+from flask_beanqueue.cli import bq_cli
+
+from .conftest import MakeApp
+from .probe import Probe, query
+from .processes import Processes
+
+Invoke = Callable[..., Result]
+
+APP = "tests.apps.commands"
+PACKAGES = json.dumps(["tests.apps.tasks"])
+
+
+@pytest.fixture
+def invoke(app: Flask) -> Invoke:
+    """Runs ``flask bq …`` in this process."""
+    runner = app.test_cli_runner()
+
+    def invoke(*arguments: str) -> Result:
+        return runner.invoke(args=["bq", *arguments])
+
+    return invoke
+
+
+@pytest.fixture
+def double(bq: BeanQueue) -> Any:
+    @bq.processor(channel="numbers")
+    def double(number: int) -> int:
+        return 2 * number
+
+    return double
+
+
+@pytest.fixture
+def drop_tables(app: Flask, db: SQLAlchemy) -> None:
+    with app.app_context():
+        db.drop_all()
+
+
+# Help.
+
+
+@pytest.mark.parametrize("name", [None, *bq_cli.commands])
+def test_every_command_has_help(invoke: Invoke, name: str | None) -> None:
+    result = invoke(*filter(None, [name]), "--help")
+    assert result.exit_code == 0
+    assert "Usage: " in result.output
+    if name is None:
+        for command in bq_cli.commands:
+            assert f"\n  {command} " in result.output
+        return
+    command = bq_cli.commands[name]
+    assert command.help
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help, f"{name} says nothing about {parameter.opts}"
+
+
+# create-tables
+
+
+@pytest.mark.usefixtures("drop_tables")
+def test_create_tables_creates_them(invoke: Invoke, database_url: str) -> None:
+    result = invoke("create-tables")
+    assert result.exit_code == 0
+    assert result.output.splitlines() == [
+        "bq_workers created",
+        "bq_tasks created",
+        "bq_events created",
+    ]
+    query(database_url, "INSERT INTO bq_tasks (module, func_name) VALUES ('a', 'b')")
+    assert query(
+        database_url, "SELECT count(*) FROM pg_indexes WHERE indexname = 'ix_bq_tasks_pending'"
+    ) == [(1,)]
+
+
+def test_create_tables_leaves_those_that_exist(invoke: Invoke, database_url: str) -> None:
+    query(database_url, "INSERT INTO bq_tasks (module, func_name) VALUES ('a', 'b')")
+    query(database_url, "DROP TABLE bq_events")
+    result = invoke("create-tables")
+    assert result.exit_code == 0
+    assert result.output.splitlines() == [
+        "bq_workers exists",
+        "bq_tasks exists",
+        "bq_events created",
+    ]
+    assert query(database_url, "SELECT count(*) FROM bq_tasks") == [(1,)]
+
+
+def test_create_tables_names_columns_that_an_old_table_lacks(
+    invoke: Invoke, database_url: str
+) -> None:
+    query(database_url, "ALTER TABLE bq_tasks DROP COLUMN crashes, DROP COLUMN parked")
+    result = invoke("create-tables")
+    assert result.exit_code == 1
+    assert "The table bq_tasks exists, but has no column crashes, parked." in result.output
+    assert "migration" in result.output
+
+
+@pytest.mark.usefixtures("drop_tables")
+def test_create_tables_leaves_the_apps_own_tables_to_the_app(
+    invoke: Invoke, database_url: str
+) -> None:
+    invoke("create-tables")
+    assert query(database_url, "SELECT to_regclass('note')") == [(None,)]
+
+
+def test_create_tables_of_own_models_in_a_bind(
+    make_app: MakeApp, db: SQLAlchemy, other_database_url: str, database_url: str
+) -> None:
+    bq = BeanQueue(db=db, bind_key="queue")
+    app = make_app(db, bq, SQLALCHEMY_BINDS={"queue": other_database_url})
+    with app.app_context():
+        db.drop_all()
+    result = app.test_cli_runner().invoke(args=["bq", "create-tables"])
+    assert "bq_tasks created" in result.output
+    assert query(database_url, "SELECT to_regclass('bq_tasks')") == [(None,)]
+    assert query(other_database_url, "SELECT count(*) FROM bq_tasks") == [(0,)]
+
+
+# submit
+
+
+def test_submit_makes_a_task_and_prints_its_id(
+    invoke: Invoke, app: Flask, bq: BeanQueue, double: Any, work: Any
+) -> None:
+    result = invoke("submit", "express", __name__, "double", "-k", '{"number": 21}')
+    assert result.exit_code == 0
+    task_id = uuid.UUID(result.output.strip())
+    work("express")
+    with app.app_context():
+        task = bq.db.session.get(bq.Task, task_id)
+        assert (task.state, task.channel, task.result, task.priority) == ("DONE", "express", 42, 0)
+
+
+def test_submit_takes_a_priority(invoke: Invoke, double: Any, database_url: str) -> None:
+    result = invoke(
+        "submit", "numbers", __name__, "double", "--kwargs", '{"number": 1}', "--priority", "-5"
+    )
+    assert result.exit_code == 0
+    assert query(database_url, "SELECT priority FROM bq_tasks") == [(-5,)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["double", "-k", "{'number': 1}"], "Invalid value for '--kwargs': This is not JSON"),
+        (["double", "-k", "[1]"], 'This is no JSON object, such as {"width": 200}'),
+        (["double", "-k", "21"], "This is no JSON object"),
+        (["double"], "missing a required argument: 'number'"),
+        (["double", "-k", '{"n": 1}'], "missing a required argument: 'number'"),
+        (["double", "-k", '{"number": "\\u0000"}'], "the argument 'number' cannot be stored"),
+        (["double", "-k", '{"number": NaN}'], "the argument 'number' cannot be stored"),
+        (["double", "-k", '{"number": 1}', "--priority", "99999999999"], "whole number of 32 bits"),
+        (["double", "-k", '{"number": 1}', "--priority", "high"], "not a valid integer"),
+    ],
+)
+def test_submit_says_what_is_wrong_with_the_arguments(
+    invoke: Invoke, double: Any, database_url: str, arguments: list[str], words: str
+) -> None:
+    result = invoke("submit", "numbers", __name__, *arguments)
+    assert result.exit_code in (1, 2)
+    assert words in result.output
+    assert "Traceback" not in result.output
+    assert query(database_url, "SELECT count(*) FROM bq_tasks") == [(0,)]
+
+
+def test_submit_refuses_a_channel_without_a_name(invoke: Invoke, double: Any) -> None:
+    result = invoke("submit", "", __name__, "double", "-k", '{"number": 1}')
+    assert result.exit_code == 1
+    assert "channel must not be empty" in result.output
+
+
+def test_submit_lists_the_processors_that_it_knows(invoke: Invoke, double: Any) -> None:
+    result = invoke("submit", "numbers", __name__, "triple")
+    assert result.exit_code == 1
+    assert f"No processor {__name__} triple is registered" in result.output
+    assert f"There are:\n  {__name__} double\n" in result.output
+    assert "BQ_PROCESSOR_PACKAGES" in result.output
+
+
+def test_submit_says_that_it_knows_no_processors(invoke: Invoke) -> None:
+    result = invoke("submit", "numbers", __name__, "double")
+    assert result.exit_code == 1
+    assert "There is none at all." in result.output
+
+
+@pytest.mark.usefixtures("drop_tables")
+def test_submit_without_tables_says_how_to_make_them(invoke: Invoke, double: Any) -> None:
+    result = invoke("submit", "numbers", __name__, "double", "-k", '{"number": 1}')
+    assert result.exit_code == 1
+    assert "flask bq create-tables" in result.output
+
+
+# worker
+
+
+def test_a_burst_does_all_that_is_due(
+    invoke: Invoke, app: Flask, double: Any, database_url: str
+) -> None:
+    with app.app_context():
+        for number in range(3):
+            double.enqueue(number=number)
+        double.bq.db.session.commit()
+    result = invoke("worker", "--burst", "--name", "the-worker")
+    assert (result.exit_code, result.exception) == (0, None)
+    assert query(database_url, "SELECT result FROM bq_tasks ORDER BY id") == [(0,), (2,), (4,)]
+    assert query(database_url, "SELECT name, state FROM bq_workers") == [("the-worker", "SHUTDOWN")]
+
+
+def test_a_worker_is_called_after_its_host_and_process(
+    invoke: Invoke, double: Any, database_url: str
+) -> None:
+    assert invoke("worker", "--burst").exit_code == 0
+    [(name,)] = query(database_url, "SELECT name FROM bq_workers")
+    assert re.fullmatch(re.escape(socket.gethostname()) + r"-\d+", name)
+
+
+@pytest.mark.usefixtures("drop_tables")
+def test_a_worker_without_tables_says_how_to_make_them(invoke: Invoke, double: Any) -> None:
+    result = invoke("worker", "--burst")
+    assert result.exit_code == 1
+    assert "flask bq create-tables" in result.output
+    assert len(result.output.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "There is nothing to work on"),
+        (["default", "--concurrency", "1000"], "1000 tasks at once need as many connections"),
+        (["default", "--concurrency", "0"], "Invalid value for '-c' / '--concurrency'"),
+        (["default", "--reload", "--processes", "2"], "--reload works with one process"),
+    ],
+)
+def test_a_worker_says_what_is_wrong(invoke: Invoke, arguments: list[str], words: str) -> None:
+    result = invoke("worker", *arguments)
+    assert result.exit_code in (1, 2)
+    assert words in result.output
+    assert "Traceback" not in result.output
+
+
+def test_a_worker_whose_database_is_out_of_reach_says_so_in_one_line(
+    processes: Processes,
+) -> None:
+    url = "postgresql+psycopg2://nobody@localhost:1/none"
+    process = processes.flask("--app", APP, "bq", "worker", "default", DATABASE_URL=url)
+    assert process.wait() == 1
+    [line] = process.output.splitlines()
+    assert line.startswith("Error: The database cannot be used: ")
+    assert "refused" in line
+
+
+def test_a_worker_introduces_itself(processes: Processes, database_url: str) -> None:
+    assert processes.flask("--app", APP, "bq", "create-tables").wait() == 0
+    process = processes.flask(
+        *("--app", APP, "bq", "worker", "--burst", "--name", "the-worker", "-c", "3"),
+        BQ_PROCESSOR_PACKAGES=PACKAGES,
+    )
+    assert process.wait() == 0
+    [(worker_id,)] = query(database_url, "SELECT id::text FROM bq_workers")
+    line = process.wait_line("flask_beanqueue")
+    assert f"flask_beanqueue {flask_beanqueue.__version__}: worker the-worker ({worker_id})" in line
+    # The package's submodules have been imported, however deep, and so the channels are known.
+    assert " on depth, numbers; 3 at once; 2 processors known; LISTEN" in line
+
+
+def test_a_worker_that_polls_says_so(processes: Processes) -> None:
+    assert processes.flask("--app", APP, "bq", "create-tables").wait() == 0
+    process = processes.flask(
+        *("--app", APP, "bq", "worker", "--burst", "numbers", "images"),
+        BQ_LISTEN=0,
+        BQ_POLL_TIMEOUT=2.5,
+    )
+    assert process.wait() == 0
+    line = process.wait_line("flask_beanqueue")
+    assert " on numbers, images; 4 at once; 0 processors known; polling every 2.5 s" in line
+
+
+def test_submit_and_worker_find_the_processors_of_packages(
+    processes: Processes, database_url: str
+) -> None:
+    assert processes.flask("--app", APP, "bq", "create-tables").wait() == 0
+    submit = processes.flask(
+        *("--app", APP, "bq", "submit", "numbers", "tests.apps.tasks.numbers", "double"),
+        *("-k", '{"number": 21}'),
+        BQ_PROCESSOR_PACKAGES=PACKAGES,
+    )
+    assert submit.wait() == 0
+    worker = processes.flask(
+        *("--app", APP, "bq", "worker", "--burst", "-v"), BQ_PROCESSOR_PACKAGES=PACKAGES
+    )
+    assert worker.wait() == 0
+    found = query(database_url, "SELECT id::text, state, result FROM bq_tasks")
+    assert found == [(submit.output.strip(), "DONE", 42)]
+    name = f"tests.apps.tasks.numbers.double {submit.output.strip()}"
+    worker.wait_line(f"{name} starts")
+    worker.wait_line(f"{name} is done")
+
+
+@pytest.mark.parametrize("command", ["worker", "submit"])
+def test_a_package_that_cannot_be_imported_is_named(processes: Processes, command: str) -> None:
+    arguments = ["numbers", "a", "b"] if command == "submit" else []
+    process = processes.flask(
+        *("--app", APP, "bq", command, *arguments), BQ_PROCESSOR_PACKAGES='["no_such_package"]'
+    )
+    assert process.wait() == 1
+    assert "no_such_package" in process.output
+    assert "BQ_PROCESSOR_PACKAGES" in process.output
+    assert "Traceback" not in process.output
+
+
+# Logging
+
+
+LOGGING_APP = """
+import atexit, logging, os
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+from flask_beanqueue import BeanQueue
+
+SETUP
+
+def show():
+    root = logging.getLogger()
+    print("root:", len(root.handlers), logging.getLevelName(root.level))
+
+atexit.register(show)
+app = Flask(__name__)
+app.config["SQLALCHEMY_DATABASE_URI"] = os.environ["DATABASE_URL"]
+db = SQLAlchemy(app)
+bq = BeanQueue(app)
+
+@bq.processor()
+def fail():
+    raise ValueError("no good")
+"""
+
+
+@pytest.mark.usefixtures("app")
+@pytest.mark.parametrize(
+    ("setup", "root", "line"),
+    [
+        ("", "root: 0 WARNING", "INFO in worker: flask_beanqueue "),
+        (
+            "logging.basicConfig(format='own %(message)s')",
+            "root: 1 WARNING",
+            "own flask_beanqueue ",
+        ),
+    ],
+    ids=["left alone", "set up by the app"],
+)
+def test_a_worker_logs_once_and_leaves_the_root_logger_alone(
+    processes: Processes, tmp_path: Path, setup: str, root: str, line: str
+) -> None:
+    path = tmp_path / "logging_app.py"
+    path.write_text(LOGGING_APP.replace("SETUP", setup))
+    process = processes.flask("--app", str(path), "bq", "worker", "--burst")
+    assert process.wait() == 0
+    assert root in process.output.splitlines()
+    introductions = [each for each in process.output.splitlines() if "flask_beanqueue" in each]
+    assert len(introductions) == 1
+    assert line in introductions[0]
+
+
+@pytest.mark.usefixtures("app")
+def test_a_level_that_the_app_has_set_is_kept(
+    processes: Processes, tmp_path: Path, database_url: str
+) -> None:
+    path = tmp_path / "logging_app.py"
+    setup = "logging.getLogger('flask_beanqueue').setLevel('ERROR')"
+    path.write_text(LOGGING_APP.replace("SETUP", setup))
+    query(database_url, "INSERT INTO bq_tasks (module, func_name) VALUES ('logging_app', 'fail')")
+    process = processes.flask("--app", str(path), "bq", "worker", "--burst")
+    assert process.wait() == 0
+    assert "flask_beanqueue" not in process.output
+    [(task_id,)] = query(database_url, "SELECT id FROM bq_tasks")
+    process.wait_line(f"logging_app.fail {task_id} failed: ValueError: no good")
+
+
+def test_log_records_say_which_task_they_are_about(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    @bq.processor(channel="numbers", retry_policy=LimitAttempt(2))
+    def fail() -> None:
+        raise ValueError("no good")
+
+    @bq.processor(channel="numbers")
+    def succeed() -> object:
+        return object()
+
+    with app.app_context():
+        ids = {
+            "fail": str(fail.enqueue().id),
+            "succeed": str(succeed.enqueue().id),
+            "unknown": str(uuid.uuid4()),
+        }
+        db.session.add(
+            bq.Task(id=ids["unknown"], channel="numbers", module=__name__, name="unknown")
+        )
+        db.session.commit()
+    with caplog.at_level(logging.DEBUG, "flask_beanqueue"):
+        work("numbers", concurrency=1)
+    records: Any = [record for record in caplog.records if hasattr(record, "task_id")]
+    messages = [(record.levelname, record.getMessage()) for record in records]
+    called = {name: f"{__name__}.{name} {task_id}" for name, task_id in ids.items()}
+    for level, words in [
+        ("DEBUG", f"{called['fail']} starts"),
+        ("WARNING", f"{called['fail']} will be retried: ValueError: no good"),
+        ("ERROR", f"{called['fail']} failed: ValueError: no good"),
+        ("DEBUG", f"{called['succeed']} starts"),
+        ("WARNING", f"The result of {called['succeed']} is not stored"),
+        ("DEBUG", f"{called['succeed']} is done"),
+        ("WARNING", f"{called['unknown']} waits again"),
+    ]:
+        assert any(level == each[0] and words in each[1] for each in messages), words
+    for record in records:
+        name = record.task_name.removeprefix(f"{__name__}.")
+        assert called[name] in record.getMessage()
+        assert (record.task_id, record.task_channel) == (ids[name], "numbers")
+
+
+# --reload
+
+
+@pytest.mark.usefixtures("app")
+def test_a_reloading_worker_starts_again_when_code_changes(
+    processes: Processes, tmp_path: Path, database_url: str, probe: Probe
+) -> None:
+    path = tmp_path / "reloaded_app.py"
+    code = LOGGING_APP.replace("SETUP", "").replace('raise ValueError("no good")', "return VERSION")
+    path.write_text(code + "\nVERSION = 'one'\nprint('this is', VERSION)\n")
+    probe.listen_states()
+    worker = processes.flask("--app", str(path), "bq", "worker", "--reload", "--name", "reloading")
+    worker.wait_line("this is one")
+    worker.wait_line("flask_beanqueue")
+    path.write_text(code + "\nVERSION = 'the second'\nprint('this is', VERSION)\n")
+    worker.wait_line("this is the second")
+    query(database_url, "INSERT INTO bq_tasks (module, func_name) VALUES ('reloaded_app', 'fail')")
+    query(database_url, 'NOTIFY "default"')
+    probe.wait("fail DONE")
+    assert query(database_url, "SELECT result FROM bq_tasks") == [("the second",)]
+    # The first one has left in good order, so that nothing looks like a crash.
+    states = query(database_url, "SELECT state FROM bq_workers ORDER BY id")
+    assert states == [("SHUTDOWN",), ("RUNNING",)]

@@ -1,0 +1,723 @@
+"""Processors: what they are made of, and the ways to make tasks."""
+
+from __future__ import annotations
+
+import datetime
+import enum
+import json
+import types
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from flask_beanqueue import ArgumentError, BeanQueue, Processor
+
+from .probe import query
+
+Work = Callable[..., None]
+
+NOON = datetime.datetime(2030, 1, 1, 12, tzinfo=datetime.UTC)
+
+
+@pytest.fixture
+def resize(bq: BeanQueue) -> Any:
+    @bq.processor(channel="images")
+    def resize(db: Any, task: Any, width: int, height: int = 1) -> int:
+        """Make an image another size."""
+        return width * height
+
+    return resize
+
+
+# What can be a processor.
+
+
+def test_a_processor_is_still_its_function(resize: Any) -> None:
+    assert resize.__name__ == "resize"
+    assert resize.__doc__ == "Make an image another size."
+    assert resize.__wrapped__ is resize.func
+    assert resize.name == f"{__name__}.resize"
+    assert repr(resize) == f"<Processor {__name__}.resize on 'images'>"
+    assert resize.injected == ("db", "task")
+
+
+def test_processors_are_found_by_module_and_name(bq: BeanQueue, resize: Any) -> None:
+    assert bq.registry.get(__name__, "resize") is resize
+    assert bq.registry.get("elsewhere", "resize") is None
+    assert bq.registry.get(__name__, "enlarge") is None
+    assert (list(bq.registry), len(bq.registry)) == ([resize], 1)
+
+
+def test_the_channels_are_those_that_processors_name_in_their_order(bq: BeanQueue) -> None:
+    for number, channel in enumerate(["b", "a", "b", "c"]):
+        function = types.FunctionType((lambda: None).__code__, {"__name__": __name__})
+        function.__name__ = f"function_{number}"
+        bq.processor(channel=channel)(function)
+    assert bq.registry.channels == ("b", "a", "c")
+
+
+def test_the_decorator_has_to_be_called(bq: BeanQueue) -> None:
+    with pytest.raises(
+        TypeError, match=r'Write @bq\.processor\(channel="…"\), or @bq\.processor\('
+    ):
+
+        @bq.processor  # type: ignore[arg-type]
+        def resize() -> None:
+            pass
+
+
+@pytest.mark.parametrize("channel", ["", "a\0b"])
+def test_a_channel_without_a_name_is_refused(bq: BeanQueue, channel: str) -> None:
+    with pytest.raises(ValueError, match="channel must not be empty"):
+        bq.processor(channel=channel)
+
+
+def test_a_channel_is_text(bq: BeanQueue) -> None:
+    with pytest.raises(TypeError, match="channel must be text, not 5"):
+        bq.processor(channel=5)  # type: ignore[arg-type]
+
+
+def test_a_coroutine_function_is_refused(bq: BeanQueue) -> None:
+    async def resize() -> None:
+        pass
+
+    with pytest.raises(TypeError, match=r"\.resize is a coroutine function.*asyncio\.run"):
+        bq.processor()(resize)
+
+
+def test_a_generator_function_is_refused(bq: BeanQueue) -> None:
+    def resize() -> Iterator[int]:
+        yield 1
+
+    with pytest.raises(TypeError, match=r"\.resize is a generator function"):
+        bq.processor()(resize)
+
+
+def test_any_number_of_positional_parameters_is_refused(bq: BeanQueue) -> None:
+    def resize(*sizes: int) -> None:
+        pass
+
+    with pytest.raises(TypeError, match=r"stored by name, so the parameter '\*sizes' must be"):
+        bq.processor()(resize)
+
+
+def test_a_positional_only_parameter_is_refused(bq: BeanQueue) -> None:
+    def resize(width: int, /) -> None:
+        pass
+
+    with pytest.raises(TypeError, match="stored by name, so the parameter 'width' must be"):
+        bq.processor()(resize)
+
+
+def test_two_processors_of_one_name_are_refused(bq: BeanQueue, resize: Any) -> None:
+    def other() -> None:
+        pass
+
+    other.__name__ = "resize"
+    with pytest.raises(ValueError, match=rf"two processors called {__name__}\.resize.* rename one"):
+        bq.processor()(other)
+    assert bq.registry.get(__name__, "resize") is resize
+
+
+def test_a_factory_may_register_its_function_again(bq: BeanQueue) -> None:
+    def factory(number: int) -> Any:
+        @bq.processor()
+        def answer() -> int:
+            return number
+
+        return answer
+
+    first, second = factory(1), factory(2)
+    assert (first(), second()) == (1, 2)
+    assert bq.registry.get(__name__, "answer") is second
+
+
+@pytest.mark.parametrize("exceptions", [[OSError], (OSError, "ValueError"), "OSError", int])
+def test_retry_exceptions_are_exceptions(bq: BeanQueue, exceptions: Any) -> None:
+    with pytest.raises(TypeError, match="retry_exceptions must be"):
+        bq.processor(retry_exceptions=exceptions)(lambda: None)
+
+
+def test_a_retry_policy_can_be_called(bq: BeanQueue) -> None:
+    with pytest.raises(TypeError, match="retry_policy must be"):
+        bq.processor(retry_policy=3)(lambda: None)  # type: ignore[arg-type]
+
+
+# run: a task that is in no session.
+
+
+def test_run_makes_a_task_that_is_in_no_session(app: Flask, db: SQLAlchemy, resize: Any) -> None:
+    with app.app_context():
+        task = resize.run(width=2, height=3)
+        assert task not in db.session
+        assert not db.session.new
+    assert (task.channel, task.module, task.func_name) == ("images", __name__, "resize")
+    assert (task.kwargs, task.priority) == ({"width": 2, "height": 3}, 0)
+    assert task.id.version == 7
+    assert task.scheduled_at is None  # the database's now()
+
+
+def test_run_needs_no_app(resize: Any) -> None:
+    assert resize.run(width=1).kwargs == {"width": 1}
+
+
+def test_arguments_may_be_given_by_position(resize: Any) -> None:
+    assert resize.run(2, 3).kwargs == {"width": 2, "height": 3}
+    assert resize.run(2, height=3).kwargs == {"width": 2, "height": 3}
+
+
+def test_defaults_are_left_to_the_worker(resize: Any) -> None:
+    assert resize.run(2).kwargs == {"width": 2}
+
+
+def test_keyword_arguments_of_any_name_are_arguments(bq: BeanQueue) -> None:
+    @bq.processor()
+    def tag(db: Any, name: str, **tags: str) -> None:
+        pass
+
+    task: Any = tag.run("a", tags="x", kwargs="y", self="z")
+    assert task.kwargs == {"name": "a", "tags": "x", "kwargs": "y", "self": "z"}
+    assert tag.run(name="a").kwargs == {"name": "a"}
+
+
+def test_enqueue_adds_the_task_to_the_session(app: Flask, db: SQLAlchemy, resize: Any) -> None:
+    with app.app_context():
+        task = resize.enqueue(width=2)
+        assert task in db.session.new
+        db.session.rollback()
+        assert task not in db.session
+
+
+@pytest.mark.parametrize("make", ["run", "enqueue"])
+@pytest.mark.parametrize(
+    ("args", "kwargs", "message"),
+    [
+        ((), {}, r"\(width.*, height.* = 1\).*: missing a required argument: 'width'"),
+        ((), {"width": 1, "depth": 2}, "got an unexpected keyword argument 'depth'"),
+        ((1, 2, 3), {}, "too many positional arguments"),
+        ((1,), {"width": 1}, "multiple values for argument 'width'"),
+        ((), {"width": 1, "db": None}, "'db' is filled in by the worker; leave it out"),
+        ((), {"width": 1, "task": None}, "'task' is filled in by the worker; leave it out"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(
+    app: Flask,
+    db: SQLAlchemy,
+    resize: Any,
+    make: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    message: str,
+) -> None:
+    with app.app_context():
+        with pytest.raises(ArgumentError, match=rf"^{__name__}\.resize.*{message}"):
+            getattr(resize, make)(*args, **kwargs)
+        assert not db.session.new
+
+
+def test_what_the_worker_fills_in_is_refused_also_where_any_name_goes(bq: BeanQueue) -> None:
+    @bq.processor()
+    def tag(db: Any, **tags: str) -> None:
+        pass
+
+    with pytest.raises(ArgumentError, match="'db' is filled in by the worker; leave it out"):
+        tag.run(db="x")
+    assert tag.run(task="x").kwargs == {"task": "x"}  # not one that this one is given
+
+
+def nested(depth: int) -> Any:
+    value: Any = 0
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+SELF_CONTAINING: list[Any] = []
+SELF_CONTAINING.append(SELF_CONTAINING)
+
+NOT_JSON = {
+    "datetime": (NOON, "Object of type datetime is not JSON serializable"),
+    "set": ({1}, "Object of type set is not JSON serializable"),
+    "bytes": (b"a", "Object of type bytes is not JSON serializable"),
+    "key": ({(1, 2): 3}, "keys must be str, int, float, bool or None, not tuple"),
+    "NaN": (float("nan"), "NaN and Infinity are not JSON compliant"),
+    "Infinity": ([float("inf")], "NaN and Infinity are not JSON compliant"),
+    "NUL": ("a\0b", r"it holds the character U\+0000, which PostgreSQL cannot store"),
+    "NUL in a key": ({"a\0b": 1}, r"it holds the character U\+0000"),
+    "NUL after a backslash": ("\\\0", r"it holds the character U\+0000"),
+    "lone surrogate": ("\ud800", "it holds half of a surrogate pair"),
+    "two halves": ("\ud83d\ude00", "it holds half of a surrogate pair"),
+    "surrogate in a key": ({"\udfff": 1}, "it holds half of a surrogate pair"),
+    "self-containing": (SELF_CONTAINING, "Circular reference|nested too deeply, or holds itself"),
+    "deep": (nested(101), "it is nested too deeply"),
+    "very deep": (nested(100_000), "it is nested too deeply, or holds itself"),
+}
+
+
+@pytest.mark.parametrize(("value", "message"), NOT_JSON.values(), ids=NOT_JSON)
+def test_an_argument_that_cannot_be_stored_is_refused_by_name(
+    resize: Any, value: Any, message: str
+) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        resize.run(width=1, height=value)
+    message = f"the argument 'height' cannot be stored as JSON: ({message})"
+    caught.match(rf"^{__name__}\.resize: {message}.*\. Pass something plain in its place")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800"])
+def test_the_name_of_an_argument_that_cannot_be_stored_is_refused(bq: BeanQueue, name: str) -> None:
+    @bq.processor()
+    def tag(**tags: str) -> None:
+        pass
+
+    with pytest.raises(ArgumentError, match="cannot be stored as JSON"):
+        tag.run(**{name: "x"})
+
+
+@pytest.mark.parametrize("text", ["\\u0000", "\\\\u0000", "\\ud800", "😀", "é\u2028\x7f"])
+def test_text_that_only_looks_odd_is_taken(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work, text: str
+) -> None:
+    seen = []
+
+    @bq.processor()
+    def look(text: str) -> None:
+        seen.append(text)
+
+    with app.app_context():
+        look.enqueue(text=text)
+        look.enqueue_many([{"text": text}])
+        db.session.commit()
+    work()
+    assert seen == [text, text]
+
+
+# Values go through unchanged, or are refused.
+
+# JSONB knows one kind of number: from 1e16 on, a float comes back as a whole number.
+NUMBERS = st.integers(-(10**300), 10**300) | st.floats(-1e15, 1e15, allow_nan=False)
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
+JSON = st.recursive(
+    st.none() | st.booleans() | NUMBERS | TEXT,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
+    max_leaves=8,
+)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two values are equal, and of the same types."""
+    if isinstance(one, list):
+        return isinstance(other, list) and len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, dict):
+        return (
+            isinstance(other, dict)
+            and one.keys() == other.keys()
+            and all(same(one[key], other[key]) for key in one)
+        )
+    return type(one) is type(other) and one == other
+
+
+def test_arguments_reach_the_processor_unchanged(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work
+) -> None:
+    seen: list[Any] = []
+
+    @bq.processor()
+    def look(**values: Any) -> None:
+        seen.append(values)
+
+    @settings(max_examples=15)
+    @given(batch=st.lists(st.dictionaries(TEXT, JSON, max_size=4), min_size=4, max_size=20))
+    def check(batch: list[dict[str, Any]]) -> None:
+        seen.clear()
+        half = len(batch) // 2
+        with app.app_context():
+            for values in batch[:half]:
+                look.enqueue(**values)
+            db.session.flush()
+            look.enqueue_many(batch[half:])
+            db.session.commit()
+        work(concurrency=1)
+        assert same(seen, batch)
+
+    check()
+
+
+class Color(enum.Enum):
+    RED = 1
+
+
+class Size(enum.IntEnum):
+    SMALL = 1
+
+
+ODD = st.recursive(
+    st.none()
+    | st.integers()
+    | st.integers(4_000, 5_000).map(lambda digits: 10**digits)
+    | st.floats()
+    | st.text()
+    | st.text(st.sampled_from("a\0\\\"'u0{}%:\ud800\udfff\uffff\U0010ffff"))
+    | st.binary()
+    | st.datetimes()
+    | st.uuids()
+    | st.decimals()
+    | st.fractions()
+    | st.sampled_from([Color.RED, Size.SMALL, object(), NotImplemented, range(3), 1j])
+    | st.integers(0, 150).map(nested),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.tuples(inner)
+        | st.dictionaries(st.none() | st.booleans() | st.integers() | st.text(), inner, max_size=3)
+    ),
+    max_leaves=4,
+)
+
+
+def test_odd_arguments_are_refused_or_stored(app: Flask, db: SQLAlchemy, bq: BeanQueue) -> None:
+    @bq.processor()
+    def look(**values: Any) -> None:
+        pass
+
+    @settings(max_examples=30)
+    @given(batch=st.lists(st.dictionaries(st.text(), ODD, max_size=2), min_size=5, max_size=20))
+    @example(batch=[{"a": "\0"}, {"\0": "a"}, {"a": "\ud800"}, {"\ud800": "a"}])
+    def check(batch: list[dict[str, Any]]) -> None:
+        with app.app_context():
+            for values in batch:
+                try:
+                    task: Any = look.run(**values)
+                except ArgumentError:
+                    with pytest.raises(ArgumentError):
+                        look.enqueue_many([values])
+                    continue
+                db.session.add(task)
+                db.session.flush()
+                [other] = look.enqueue_many([values])
+                stored = db.session.scalars(
+                    sa.select(sa.cast(bq.Task.kwargs, sa.Text)).where(
+                        bq.Task.id.in_([task.id, other])
+                    )
+                ).all()
+                assert stored[0] == stored[1]
+                json.loads(stored[0])
+            db.session.rollback()
+
+    check()
+
+
+@pytest.mark.parametrize("depth", [99, 101, 900, 930, 945, 960])
+def test_nested_arguments_are_refused_or_get_done(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work, database_url: str, depth: int
+) -> None:
+    @bq.processor()
+    def look(value: Any) -> None:
+        pass
+
+    with app.app_context():
+        try:
+            look.enqueue(value=nested(depth))
+        except ArgumentError:
+            assert depth > 99
+            return
+        db.session.commit()
+    work()
+    assert query(database_url, "SELECT state FROM bq_tasks") == [("DONE",)]
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        '{"a": ' + "[" * 2000 + "]" * 2000 + "}",
+        '{"a": ' + "9" * 5000 + "}",
+        "[1]",
+        "5",
+        "null",
+    ],
+    ids=["deep", "many digits", "list", "number", "null"],
+)
+def test_arguments_that_raw_sql_wrote_badly_fail_their_task_and_no_other(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work, database_url: str, kwargs: str
+) -> None:
+    @bq.processor()
+    def look() -> None:
+        pass
+
+    @bq.processor()
+    def bad(a: Any = None) -> None:
+        pass
+
+    query(
+        database_url,
+        "INSERT INTO bq_tasks (module, func_name, kwargs) VALUES (%s, 'bad', %s)",
+        __name__,
+        kwargs,
+    )
+    with app.app_context():
+        look.enqueue()
+        db.session.commit()
+    work()
+    assert dict(query(database_url, "SELECT func_name, state FROM bq_tasks")) == {
+        "bad": "FAILED",
+        "look": "DONE",
+    }
+
+
+# using: options for one task.
+
+
+def test_options_are_for_the_tasks_made_through_them(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, resize: Any
+) -> None:
+    urgent = resize.using(priority=-5, scheduled_at=NOON, channel="fast")
+    with app.app_context():
+        made = urgent.enqueue(width=1)
+        [many] = urgent.enqueue_many([{"width": 2}])
+        db.session.commit()
+        for task in (made, db.session.get(bq.Task, many)):
+            assert (task.priority, task.scheduled_at, task.channel) == (-5, NOON, "fast")
+            assert task.func_name == "resize"
+        plain = resize.enqueue(width=3)
+        db.session.commit()
+        assert (plain.priority, plain.channel) == (0, "images")
+        assert plain.scheduled_at == plain.created_at
+
+
+def test_options_add_up_and_the_last_time_counts(resize: Any) -> None:
+    first = resize.using(priority=1, delay=datetime.timedelta(1))
+    second = first.using(scheduled_at=NOON)
+    assert isinstance(second, Processor)
+    assert (second.options.priority, second.options.channel) == (1, "images")
+    assert (second.options.delay, second.options.scheduled_at) == (None, NOON)
+    assert (first.options.delay, first.options.scheduled_at) == (datetime.timedelta(1), None)
+
+
+def test_a_delay_counts_from_the_insert_by_the_databases_clock(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, resize: Any, database_url: str
+) -> None:
+    later = resize.using(delay=datetime.timedelta(hours=1))
+    with app.app_context():
+        db.session.execute(sa.text("SELECT 1"))  # now() stands still from here on
+        later.enqueue(width=1)
+        later.enqueue_many([{"width": 2}])
+        db.session.commit()
+    found = query(
+        database_url,
+        "SELECT scheduled_at - created_at > interval '1 hour',"
+        " scheduled_at - created_at < interval '1 hour 60 seconds' FROM bq_tasks",
+    )
+    assert found == [(True, True), (True, True)]
+
+
+def test_a_delay_that_is_over_is_no_delay(
+    app: Flask, db: SQLAlchemy, resize: Any, work: Work, database_url: str
+) -> None:
+    with app.app_context():
+        resize.using(delay=-datetime.timedelta(hours=1)).enqueue(width=1)
+        db.session.commit()
+    work()
+    assert query(database_url, "SELECT state FROM bq_tasks") == [("DONE",)]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"scheduled_at": NOON.replace(tzinfo=None)},
+            ValueError,
+            "scheduled_at has no time zone: .*delay=timedelta",
+        ),
+        (
+            {"scheduled_at": NOON, "delay": datetime.timedelta(1)},
+            ValueError,
+            "Give scheduled_at or delay, not both",
+        ),
+        ({"scheduled_at": "2030-01-01"}, TypeError, "scheduled_at must be a datetime.datetime"),
+        ({"scheduled_at": NOON.date()}, TypeError, "scheduled_at must be a datetime.datetime"),
+        (
+            {"scheduled_at": datetime.datetime.max.replace(tzinfo=datetime.timezone.min)},
+            ValueError,
+            "scheduled_at is out of range",
+        ),
+        ({"delay": datetime.timedelta.max}, ValueError, "delay is longer than ten centuries"),
+        ({"delay": datetime.timedelta.min}, ValueError, "delay is longer than ten centuries"),
+        ({"delay": 5}, TypeError, "delay must be a datetime.timedelta, not 5"),
+        ({"priority": "high"}, ValueError, "priority must be a whole number of 32 bits"),
+        ({"priority": 2**31}, ValueError, "priority must be a whole number of 32 bits"),
+        ({"channel": ""}, ValueError, "channel must not be empty"),
+        ({"channel": b"a"}, TypeError, "channel must be text"),
+    ],
+)
+def test_wrong_options_are_refused(
+    resize: Any, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        resize.using(**options)
+
+
+# enqueue_many: one statement.
+
+
+def test_many_tasks_are_one_statement(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, resize: Any
+) -> None:
+    statements: list[str] = []
+    with app.app_context():
+        sa.event.listen(
+            db.engine, "before_cursor_execute", lambda *event: statements.append(event[2])
+        )
+        ids = resize.enqueue_many([{"width": number} for number in range(1_000)])
+        db.session.commit()
+        assert len(statements) == 1
+        widths = dict(db.session.execute(sa.select(bq.Task.id, bq.Task.kwargs)).all())
+    assert ids == sorted(ids)
+    assert [widths[each]["width"] for each in ids] == list(range(1_000))
+    assert [type(each) for each in ids] == [uuid.UUID] * 1_000
+
+
+def test_many_tasks_are_the_same_as_single_ones(
+    app: Flask, db: SQLAlchemy, resize: Any, database_url: str
+) -> None:
+    with app.app_context():
+        resize.enqueue(width=1)
+        resize.enqueue_many([{"width": 1}])
+        db.session.commit()
+    one, other = query(
+        database_url,
+        "SELECT to_jsonb(t) - '{id,created_at,scheduled_at}'::text[] FROM bq_tasks AS t",
+    )
+    assert one == other
+
+
+def test_many_tasks_go_with_the_transaction(
+    app: Flask, db: SQLAlchemy, resize: Any, database_url: str
+) -> None:
+    with app.app_context():
+        resize.enqueue_many([{"width": 1}])
+        db.session.rollback()
+        with db.session.begin_nested() as savepoint:
+            resize.enqueue_many([{"width": 2}])
+            savepoint.rollback()
+        resize.enqueue_many([{"width": 3}])
+        db.session.commit()
+    assert query(database_url, "SELECT kwargs FROM bq_tasks") == [({"width": 3},)]
+
+
+def test_no_tasks_are_no_statement(app: Flask, db: SQLAlchemy, resize: Any) -> None:
+    with app.app_context():
+        assert resize.enqueue_many([]) == []
+        assert resize.enqueue_many(iter(())) == []
+        assert not db.session.registry().in_transaction()
+
+
+def test_many_tasks_may_come_from_a_generator(
+    app: Flask, db: SQLAlchemy, resize: Any, database_url: str
+) -> None:
+    with app.app_context():
+        made = resize.enqueue_many({"width": number} for number in range(3))
+        db.session.commit()
+    assert len(made) == 3
+    assert query(database_url, "SELECT count(*) FROM bq_tasks") == [(3,)]
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"depth": 1}, rf"^Item 2: {__name__}\.resize.*: missing"),
+        ({"width": {1}}, r"^Item 2: .* 'width' cannot be stored as JSON"),
+        ({"width": 1, "db": 1}, r"^Item 2: .* 'db' is filled in"),
+        ([("width", 1)], r"takes a dict of arguments for each task, but item 2 is \[\('width', 1"),
+        (3, "but item 2 is 3"),
+    ],
+)
+def test_a_bad_item_is_named_and_none_is_inserted(
+    app: Flask, db: SQLAlchemy, resize: Any, database_url: str, bad: Any, message: str
+) -> None:
+    with app.app_context():
+        with pytest.raises(ArgumentError, match=message):
+            resize.enqueue_many([{"width": 1}, {"width": 2}, bad, {"width": 4}])
+        db.session.commit()
+    assert query(database_url, "SELECT count(*) FROM bq_tasks") == [(0,)]
+
+
+# Plain calls.
+
+
+def test_a_plain_call_is_as_ever(bq: BeanQueue) -> None:
+    @bq.processor()
+    def double(number: int, plus: int = 0) -> int:
+        return number * 2 + plus
+
+    assert double(2) == 4
+    assert double(number=2, plus=1) == 5
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        double()
+
+
+def test_a_plain_call_gets_the_session(app: Flask, db: SQLAlchemy, bq: BeanQueue) -> None:
+    @bq.processor()
+    def look(db: Any, task: Any, savepoint: Any, number: int) -> Any:
+        return db, task, savepoint.is_active, number
+
+    with app.app_context():
+        assert look(number=1) == (db.session(), None, True, 1)
+
+
+def test_a_plain_call_with_everything_given_needs_no_app(resize: Any) -> None:
+    assert resize(None, None, 2, 3) == 6
+    assert resize(db=None, task=None, width=2, height=3) == 6
+
+
+def test_a_plain_call_that_needs_the_session_needs_an_app(resize: Any) -> None:
+    with pytest.raises(RuntimeError, match="application context"):
+        resize(width=1)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_plain_call_ends_its_savepoint(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, fails: bool
+) -> None:
+    @bq.processor()
+    def write(db: Any, savepoint: Any) -> None:
+        db.add(Note(text="inside"))
+        db.flush()
+        if fails:
+            raise ValueError
+
+    with app.app_context():
+        db.session.add(Note(text="outside"))
+        try:
+            write()
+        except ValueError:
+            assert fails
+        assert not db.session.registry().in_nested_transaction()
+        db.session.commit()
+        texts = set(db.session.scalars(sa.select(Note.text)))
+    assert texts == ({"outside"} if fails else {"outside", "inside"})
+
+
+def test_a_plain_call_in_a_task_gets_that_task(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work
+) -> None:
+    seen = []
+
+    @bq.processor()
+    def inner(task: Any) -> None:
+        seen.append(task.func_name)
+
+    @bq.processor()
+    def outer() -> None:
+        inner()
+
+    with app.app_context():
+        outer.enqueue()
+        db.session.commit()
+    work()
+    assert seen == ["outer"]

@@ -1,0 +1,315 @@
+"""Retry policies: their arithmetic, and what a worker does with their answers."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flask_beanqueue import BeanQueue, DelayRetry, ExponentialBackoffRetry, LimitAttempt
+
+from .probe import query
+
+Work = Callable[..., None]
+
+SECOND = datetime.timedelta(seconds=1)
+HOUR = datetime.timedelta(hours=1)
+
+
+def after(attempts: int) -> Any:
+    """A task that has failed so often."""
+    return types.SimpleNamespace(attempts=attempts)
+
+
+# Arithmetic.
+
+
+@given(attempts=st.integers(1, 10**9), delay=st.timedeltas(min_value=datetime.timedelta(0)))
+def test_a_delay_is_always_the_same(attempts: int, delay: datetime.timedelta) -> None:
+    assert DelayRetry(delay)(after(attempts)) == delay
+
+
+@pytest.mark.parametrize(("attempts", "seconds"), [(1, 1), (2, 2), (3, 4), (10, 512), (13, 3600)])
+def test_a_backoff_doubles_up_to_its_maximum(attempts: int, seconds: float) -> None:
+    policy = ExponentialBackoffRetry(jitter=0)
+    assert policy(after(attempts)).total_seconds() == seconds
+
+
+def test_a_backoff_has_the_base_factor_and_maximum_that_it_is_given() -> None:
+    policy = ExponentialBackoffRetry(2 * SECOND, factor=10, maximum=HOUR, jitter=0)
+    delays = [policy(after(attempts)).total_seconds() for attempts in (1, 2, 3, 4, 5)]
+    assert delays == [2, 20, 200, 2000, 3600]
+
+
+@given(
+    attempts=st.integers(1, 10**9),
+    base=st.timedeltas(datetime.timedelta(0), HOUR),
+    factor=st.floats(1, 1e300),
+    maximum=st.timedeltas(HOUR),
+    jitter=st.floats(0, 1),
+)
+def test_a_backoff_keeps_its_bounds(
+    attempts: int,
+    base: datetime.timedelta,
+    factor: float,
+    maximum: datetime.timedelta,
+    jitter: float,
+) -> None:
+    policy = ExponentialBackoffRetry(base, factor=factor, maximum=maximum, jitter=jitter)
+    sure = ExponentialBackoffRetry(base, factor=factor, maximum=maximum, jitter=0)
+    most = sure(after(attempts))
+    rounding = datetime.timedelta(seconds=most.total_seconds() * 1e-9, microseconds=1)
+    assert min(base, maximum) - rounding <= most <= maximum + rounding
+    assert most * (1 - jitter) - rounding <= policy(after(attempts)) <= most + rounding
+
+
+def test_what_failed_together_does_not_come_back_together() -> None:
+    policy = ExponentialBackoffRetry(HOUR)
+    delays = [policy(after(1)) for _ in range(1_000)]
+    assert len(set(delays)) > 900
+    assert min(delays) < 0.6 * HOUR
+    assert max(delays) > 0.9 * HOUR
+
+
+@pytest.mark.parametrize(
+    "attempts", [1024, 1025, 10**9, 10**400], ids=["1024", "1025", "10**9", "10**400"]
+)
+def test_a_backoff_survives_any_number_of_attempts(attempts: int) -> None:
+    assert ExponentialBackoffRetry(jitter=0)(after(attempts)) == HOUR
+
+
+@given(attempts=st.integers(1, 100), maximum=st.integers(1, 100))
+def test_a_limit_counts_the_first_attempt(attempts: int, maximum: int) -> None:
+    verdict = LimitAttempt(maximum)(after(attempts))
+    assert verdict == (datetime.timedelta(0) if attempts < maximum else None)
+
+
+def test_a_limit_asks_the_policy_that_it_is_given() -> None:
+    policy = LimitAttempt(3, DelayRetry(HOUR))
+    assert [policy(after(attempts)) for attempts in (1, 2, 3, 4)] == [HOUR, HOUR, None, None]
+
+
+# What makes no sense is refused.
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: DelayRetry(5), TypeError, "delay must be a datetime.timedelta, not 5"),
+        (lambda: DelayRetry(-SECOND), ValueError, "delay must not be negative"),
+        (lambda: ExponentialBackoffRetry(-SECOND), ValueError, "base must not be negative"),
+        (
+            lambda: ExponentialBackoffRetry(HOUR, maximum=SECOND),
+            ValueError,
+            "maximum not be less than base",
+        ),
+        (lambda: ExponentialBackoffRetry(5), TypeError, "base must be a datetime.timedelta"),
+        (
+            lambda: ExponentialBackoffRetry(maximum=5),
+            TypeError,
+            "maximum must be a datetime.timedelta",
+        ),
+        (lambda: ExponentialBackoffRetry(factor=0.5), ValueError, "factor must be 1 or more"),
+        (lambda: ExponentialBackoffRetry(factor=math.nan), ValueError, "factor must be 1 or more"),
+        (lambda: ExponentialBackoffRetry(jitter=1.1), ValueError, "jitter must be between 0 and 1"),
+        (lambda: ExponentialBackoffRetry(jitter=-1), ValueError, "jitter must be between 0 and 1"),
+        (lambda: LimitAttempt(0), ValueError, "maximum_attempt must be 1 or more, not 0"),
+        (lambda: LimitAttempt(DelayRetry(HOUR)), TypeError, "maximum_attempt must be a whole"),
+        (lambda: LimitAttempt(3, HOUR), TypeError, "retry_policy must be callable"),
+    ],
+)
+def test_a_policy_that_makes_no_sense_is_refused(
+    make: Callable[[], Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        make()
+
+
+# In a worker.
+
+
+@pytest.fixture
+def fail_with(app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work) -> Any:
+    """Runs a task that raises, with a retry policy, and returns its row."""
+
+    def fail_with(error: BaseException, **options: Any) -> Any:
+        @bq.processor(**options)
+        def fail() -> None:
+            raise error
+
+        with app.app_context():
+            fail.enqueue()
+            db.session.commit()
+        work()
+        with app.app_context():
+            return db.session.scalars(
+                sa.select(bq.Task).options(sa.orm.selectinload(bq.Task.events))
+            ).one()
+
+    return fail_with
+
+
+def event_types(task: Any) -> list[str]:
+    return [event.type for event in task.events]
+
+
+def test_a_task_is_retried_until_its_limit(fail_with: Any) -> None:
+    task = fail_with(ValueError("no good"), retry_policy=LimitAttempt(3))
+    assert (task.state, task.attempts, task.claims) == ("FAILED", 3, 3)
+    assert task.error_message == "ValueError: no good"
+    assert event_types(task) == ["RETRIED", "RETRIED", "FAILED"]
+    for event in task.events:
+        assert event.error_message == "ValueError: no good"
+        assert "in fail\n    raise error\n" in event.traceback
+    retried, _, failed = task.events
+    assert retried.scheduled_at is not None
+    assert failed.scheduled_at is None
+
+
+def test_a_task_that_succeeds_in_the_end_is_done(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work, database_url: str
+) -> None:
+    @bq.processor(retry_policy=LimitAttempt(5))
+    def waver(db: Any, task: Any) -> int:
+        db.add(Note(text=f"attempt {task.attempts}"))
+        db.flush()
+        if task.attempts < 2:
+            raise ValueError
+        return int(task.attempts)
+
+    with app.app_context():
+        waver.enqueue()
+        db.session.commit()
+    work()
+    [row] = query(database_url, "SELECT state, attempts, result, error_message FROM bq_tasks")
+    assert row == ("DONE", 3, 2, None)
+    assert query(database_url, "SELECT text FROM note") == [("attempt 2",)]
+
+
+def test_a_delay_counts_by_the_databases_clock(
+    fail_with: Any, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = fail_with(ValueError(), retry_policy=DelayRetry(HOUR))
+    assert (task.state, task.attempts) == ("PENDING", 1)
+    [row] = query(
+        database_url,
+        "SELECT scheduled_at > now() + interval '59 minutes', scheduled_at < now() + interval"
+        " '1 hour', worker_id FROM bq_tasks",
+    )
+    assert row == (True, True, None)
+    assert task.events[0].scheduled_at == task.scheduled_at
+
+
+def test_without_a_policy_a_task_fails_at_once(fail_with: Any) -> None:
+    task = fail_with(ValueError())
+    assert (task.state, task.attempts, event_types(task)) == ("FAILED", 1, ["FAILED"])
+
+
+@pytest.mark.parametrize(
+    ("exceptions", "attempts"),
+    [
+        (OSError, 1),
+        (ValueError, 2),
+        (Exception, 2),
+        ((OSError, ValueError), 2),
+        ((OSError, KeyError), 1),
+        ((), 1),
+        (None, 2),
+    ],
+)
+def test_retry_exceptions_decide_whether_the_policy_is_asked(
+    fail_with: Any, exceptions: Any, attempts: int
+) -> None:
+    task = fail_with(ValueError(), retry_policy=LimitAttempt(2), retry_exceptions=exceptions)
+    assert (task.state, task.attempts) == ("FAILED", attempts)
+
+
+def test_a_policy_is_asked_about_the_task_as_it_is_after_the_attempt(fail_with: Any) -> None:
+    seen = []
+
+    def policy(task: Any) -> datetime.timedelta | None:
+        seen.append((task.attempts, task.func_name, task.kwargs, task.crashes))
+        return datetime.timedelta(0) if task.attempts < 2 else None
+
+    task = fail_with(ValueError(), retry_policy=policy)
+    assert seen == [(1, "fail", {}, 0), (2, "fail", {}, 0)]
+    assert task.state == "FAILED"
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("offset", [2 * HOUR, -SECOND, SECOND / 1000], ids=str)
+def test_a_policy_may_answer_a_time(fail_with: Any, offset: datetime.timedelta) -> None:
+    noon = datetime.datetime(2100, 1, 1, 12, tzinfo=datetime.timezone(offset))
+    task = fail_with(ValueError(), retry_policy=lambda task: noon)
+    assert (task.state, task.scheduled_at) == ("PENDING", noon)
+    assert event_types(task) == ["RETRIED"]
+
+
+@pytest.mark.parametrize(
+    "verdict", [-HOUR, datetime.timedelta.min, datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)]
+)
+def test_a_time_that_has_passed_is_now(fail_with: Any, verdict: Any) -> None:
+    task = fail_with(ValueError(), retry_policy=lambda task: verdict if task.attempts < 2 else None)
+    assert (task.state, task.attempts) == ("FAILED", 2)
+
+
+def test_a_delay_that_never_ends_can_be_stored(fail_with: Any) -> None:
+    task = fail_with(ValueError(), retry_policy=lambda task: datetime.timedelta.max)
+    assert task.state == "PENDING"
+    assert task.scheduled_at.year >= 2100
+
+
+def raises(task: Any) -> None:
+    raise ZeroDivisionError("in the policy")
+
+
+@pytest.mark.parametrize(
+    ("policy", "logged"),
+    [
+        (raises, "ZeroDivisionError: in the policy"),
+        (lambda task: 5, "must be a datetime.datetime, not 5"),
+        (lambda task: True, "must be a datetime.datetime, not True"),
+        (lambda task: datetime.datetime(2100, 1, 1), "has no time zone"),
+        (lambda task: datetime.datetime.max.replace(tzinfo=datetime.UTC), "is out of range"),
+        (lambda: None, "takes 0 positional arguments"),
+    ],
+)
+def test_a_policy_that_fails_leaves_its_task_failed_with_its_own_error(
+    fail_with: Any, policy: Any, logged: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = fail_with(ValueError("no good"), retry_policy=policy)
+    assert (task.state, task.error_message) == ("FAILED", "ValueError: no good")
+    assert event_types(task) == ["FAILED"]
+    [record] = [each for each in caplog.records if "retry policy" in each.getMessage()]
+    assert record.levelname == "ERROR"
+    assert record.task_id == str(task.id)  # type: ignore[attr-defined]
+    assert logged in caplog.text
+
+
+@pytest.mark.parametrize("error", [SystemExit(1), KeyboardInterrupt()])
+def test_a_policy_that_would_end_the_program_does_not(
+    fail_with: Any, error: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
+    def policy(task: Any) -> None:
+        raise error
+
+    task = fail_with(ValueError("no good"), retry_policy=policy)
+    assert (task.state, task.error_message) == ("FAILED", "ValueError: no good")
+
+
+def test_a_policy_may_ask_the_database(fail_with: Any, db: SQLAlchemy, bq: BeanQueue) -> None:
+    def policy(task: Any) -> datetime.timedelta | None:
+        count = db.session.scalar(sa.select(sa.func.count()).select_from(bq.Event))
+        return datetime.timedelta(0) if count < 2 else None
+
+    task = fail_with(ValueError(), retry_policy=policy)
+    assert (task.state, event_types(task)) == ("FAILED", ["RETRIED", "RETRIED", "FAILED"])
