@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
+import json
 import typing as t
 import uuid
 
@@ -24,7 +25,9 @@ class Claim:
     channel: str
     module: str
     func_name: str
-    kwargs: dict[str, t.Any]
+    #: The arguments as JSON. They are decoded by who runs the task: raw SQL may have written
+    #: what Python cannot read.
+    arguments: str
     priority: int
     #: Seconds since the epoch; together with the id, the place in the queue.
     scheduled_at: float
@@ -46,6 +49,20 @@ class Claim:
     @property
     def name(self) -> str:
         return f"{self.module}.{self.func_name}"
+
+    @property
+    def kwargs(self) -> dict[str, t.Any]:
+        """The arguments.
+
+        :raises ValueError: if they are no JSON object that Python can read.
+        """
+        try:
+            kwargs = json.loads(self.arguments)
+        except RecursionError:
+            raise ValueError("the task's kwargs are nested too deeply") from None
+        if not isinstance(kwargs, dict):
+            raise ValueError(f"the task's kwargs are no JSON object: {self.arguments[:100]}")
+        return kwargs
 
     @property
     def label(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import typing as t
@@ -103,8 +104,9 @@ def perform(
     processor: AnyProcessor,
 ) -> Outcome | None:
     """Call the processor and finish: in its transaction, if it opened one."""
-    if signals.task_started.receivers:
-        signals.send(signals.task_started, app, task=attach_task(bq, claim))
+    started = signals.task_started
+    if started.receivers and not signals.send(started, app, task=attach_task(bq, claim)):
+        rollback(bq)  # the processor shall not inherit a broken transaction
     injected = bq.injection(processor.injected)
     if log.isEnabledFor(logging.DEBUG):
         log.debug("%s starts", claim.label, extra=claim.log_extra())
@@ -224,12 +226,13 @@ def make_task(
         channel=claim.channel,
         module=claim.module,
         func_name=claim.func_name,
-        kwargs=claim.kwargs,
         priority=claim.priority,
         claims=claim.claims,
         attempts=attempts,
         crashes=claim.crashes,
     )
+    with contextlib.suppress(ValueError):
+        task.kwargs = claim.kwargs
     if outcome is not None:
         task.error_message = outcome.error_message
     sa_orm.make_transient_to_detached(task)

@@ -347,14 +347,15 @@ class Queries:
 
     def _returning_claims(self, sql: str) -> t.Any:
         """A statement whose rows make up claims."""
-        columns = """ctid, id, claims, channel, module, func_name, kwargs, priority,
+        columns = """ctid, id, claims, channel, module, func_name,
+            CAST(kwargs AS text) AS arguments, priority,
             CAST(extract(epoch FROM scheduled_at) AS float8) AS scheduled_at, attempts, crashes,
             CAST(extract(epoch FROM now() - unknown_since) AS float8) AS unknown_for"""
         columns = columns.replace("ctid", "CAST(ctid AS text) AS ctid", 1)
         if "{claim}" not in sql:
             sql = f"{sql} RETURNING {{claim}}"
         return sa.text(sql.format(claim=columns, **self._names)).columns(
-            id=postgresql.UUID(as_uuid=True), kwargs=postgresql.JSONB
+            id=postgresql.UUID(as_uuid=True)
         )
 
     # What the worker asks.

@@ -29,10 +29,16 @@ def any_receivers() -> bool:
     return bool(task_succeeded.receivers or task_failed.receivers or task_retried.receivers)
 
 
-def send(signal: NamedSignal, app: t.Any, **kwargs: t.Any) -> None:
-    """Send a signal; a receiver that raises is logged, for no receiver may stop the queue."""
+def send(signal: NamedSignal, app: t.Any, **kwargs: t.Any) -> bool:
+    """Send a signal. A receiver that raises is logged, for no receiver may stop the queue.
+
+    :return: whether none raised.
+    """
+    well = True
     for receiver in signal.receivers_for(app):
         try:
             receiver(app, **kwargs)
-        except Exception:
+        except BaseException:  # sys.exit() among them
             log.exception("A receiver of the signal %r raised", signal.name)
+            well = False
+    return well

@@ -61,15 +61,16 @@ class Probe:
 
     def listen_states(self, table: str = "bq_tasks", name: str = "func_name") -> None:
         """Hear ``func_name STATE`` whenever a committed change gives a task a state."""
+        function = "tell_state_of_" + re.sub(r"\W+", "_", table)
         self.connection.cursor().execute(
             f"""
-            CREATE FUNCTION tell_state_of_{table}() RETURNS trigger LANGUAGE plpgsql AS $$
+            CREATE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS $$
             BEGIN
                 PERFORM pg_notify('probe', NEW.{name} || ' ' || NEW.state);
                 RETURN NULL;
             END $$;
             CREATE TRIGGER tell_state AFTER UPDATE OF state ON {table}
-                FOR EACH ROW EXECUTE FUNCTION tell_state_of_{table}();
+                FOR EACH ROW EXECUTE FUNCTION {function}();
             """
         )
 

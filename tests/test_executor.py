@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import sys
 import threading
 import uuid
@@ -761,4 +763,98 @@ def test_a_processor_that_always_kills_its_connection_fails_in_the_end(
         db.session.add(bq.Task(module=kill.module, name="kill", claims=19))
         db.session.commit()
     work()
+    assert only_task(app, bq).state == "FAILED"
+
+
+@pytest.mark.parametrize("state", ["CANCELLED", "PENDING"])
+@pytest.mark.parametrize("halfway", [False, True])
+def test_a_state_that_was_loaded_is_not_one_that_was_set(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work, state: str, halfway: bool
+) -> None:
+    """Somebody else sets it, and the processor reads it."""
+    runs = []
+
+    @bq.processor()
+    def look(db: Any, task: Any) -> None:
+        runs.append(task.claims)
+        if len(runs) > 1:
+            return
+        with bq.engine(app).begin() as connection:
+            connection.execute(sa.update(bq.Task.__table__).values(state=state))
+        db.refresh(task)
+        assert task.state == state
+        db.add(Note(text="never"))
+        if halfway:
+            db.commit()
+
+    with app.app_context():
+        look.enqueue()
+        db.session.commit()
+    work()
+    assert texts(app, db, Note) == []
+    assert only_task(app, bq).state == ("DONE" if state == "PENDING" else "CANCELLED")
+
+
+def test_a_late_outcome_does_not_undo_a_parked_task(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work
+) -> None:
+    """The commit goes through, and its answer is lost: what looks like a failure is none."""
+    raised = []
+
+    @bq.processor(auto_complete=False, retry_policy=lambda task: datetime.timedelta(0))
+    def order(db: Any) -> None:
+        db.add(Note(text="ordered"))
+
+    def lose(connection: Any) -> None:
+        if current_task and not raised:
+            raised.append(1)
+            connection.connection.dbapi_connection.commit()
+            raise ConnectionError("the answer is lost")
+
+    sa.event.listen(bq.engine(app), "commit", lose)
+    with app.app_context():
+        order.enqueue()
+        db.session.commit()
+    work()
+    assert raised == [1]
+    assert texts(app, db, Note) == ["ordered"]
+    task = only_task(app, bq)
+    assert (task.state, task.parked, task.attempts) == ("PROCESSING", True, 1)
+
+
+@pytest.mark.parametrize("ends", ["close", "remove", "rollback"])
+def test_an_outcome_that_is_thrown_away_is_written_anew(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work, ends: str
+) -> None:
+    @bq.processor()
+    def order() -> str:
+        bq.complete(current_task.id, result="thrown away")
+        getattr(bq.db.session, ends)()
+        bq.db.session.add(Note(text="kept"))
+        return "kept"
+
+    with app.app_context():
+        order.enqueue()
+        db.session.commit()
+    work()
+    assert texts(app, db, Note) == ["kept"]
+    task = only_task(app, bq)
+    assert (task.state, task.result, task.attempts) == ("DONE", "kept", 1)
+
+
+def test_a_transaction_that_was_left_broken_fails_the_task(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work
+) -> None:
+    @bq.processor()
+    def order(db: Any) -> None:
+        db.add(Note(text="never"))
+        bq.complete(current_task.id)
+        with contextlib.suppress(sa.exc.ProgrammingError):
+            db.execute(sa.text("SELECT no_such_column"))
+
+    with app.app_context():
+        order.enqueue()
+        db.session.commit()
+    work()
+    assert texts(app, db, Note) == []
     assert only_task(app, bq).state == "FAILED"

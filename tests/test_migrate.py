@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -58,33 +59,37 @@ NAMING = """
 """
 
 
+Flask = Callable[..., Process]
+
+
+@pytest.fixture
+def make_flask(processes: Processes, tmp_path: Path) -> Callable[[str], Flask]:
+    """Writes the app, and returns what runs its commands until their end."""
+
+    def make_flask(metadata: str) -> Flask:
+        path = tmp_path / "images.py"
+        path.write_text(APP.replace("METADATA", metadata))
+
+        def flask(*arguments: str) -> Process:
+            directory = ("-d", str(tmp_path / "migrations")) if arguments[0] == "db" else ()
+            process = processes.flask("--app", str(path), *arguments, *directory)
+            assert process.wait() == 0, process.output
+            return process
+
+        return flask
+
+    return make_flask
+
+
 @pytest.mark.parametrize("metadata", ["", NAMING], ids=["plain", "naming convention"])
-def test_the_tables_go_up_and_down_and_up_again(
-    processes: Processes, tmp_path: Path, database_url: str, metadata: str
+def test_a_migration_has_all_that_the_tables_have(
+    make_flask: Callable[[str], Flask], tmp_path: Path, metadata: str
 ) -> None:
-    path = tmp_path / "images.py"
-    path.write_text(APP.replace("METADATA", metadata))
-    migrations = tmp_path / "migrations"
-
-    def flask(*arguments: str) -> Process:
-        process = processes.flask("--app", str(path), *arguments)
-        assert process.wait() == 0, process.output
-        return process
-
-    def db(command: str, *arguments: str) -> Process:
-        return flask("db", command, "--directory", str(migrations), *arguments)
-
-    def do_a_task() -> None:
-        flask("bq", "submit", "default", "images", "resize", "-k", '{"width": 200}')
-        flask("bq", "worker", "--burst")
-        assert query(database_url, "SELECT state, result FROM bq_tasks") == [("DONE", 200)]
-        assert query(database_url, "SELECT count(*) FROM image") == [(1,)]
-
-    db("init")
-    db("migrate")
-    [version] = (migrations / "versions").glob("*.py")
+    flask = make_flask(metadata)
+    flask("db", "init")
+    flask("db", "migrate")
+    [version] = (tmp_path / "migrations" / "versions").glob("*.py")
     migration = version.read_text()
-    compile(migration, version, "exec")
     for table in ("bq_workers", "bq_tasks", "bq_events", "image"):
         assert f"op.create_table('{table}'" in migration
     checks = re.findall(r"CheckConstraint\(\"(state IN .*?)\", name=.*'(\w+)'", migration)
@@ -107,32 +112,41 @@ def test_the_tables_go_up_and_down_and_up_again(
         )
         assert [ast.literal_eval(each) for each in found] == [where]
 
-    db("upgrade")
-    assert "No new upgrade operations detected" in db("check").output
+
+def test_the_tables_go_up_and_down_and_up_again(
+    make_flask: Callable[[str], Flask], database_url: str
+) -> None:
+    flask = make_flask(NAMING)
+
+    def do_a_task() -> None:
+        flask("bq", "submit", "default", "images", "resize", "-k", '{"width": 200}')
+        flask("bq", "worker", "--burst")
+        assert query(database_url, "SELECT state, result FROM bq_tasks") == [("DONE", 200)]
+        assert query(database_url, "SELECT count(*) FROM image") == [(1,)]
+
+    flask("db", "init")
+    flask("db", "migrate")
+    flask("db", "upgrade")
+    assert "No new upgrade operations detected" in flask("db", "check").output
     do_a_task()
 
-    db("downgrade")
+    flask("db", "downgrade")
     assert query(database_url, "SELECT tablename FROM pg_tables WHERE schemaname = 'public'") == [
         ("alembic_version",)
     ]
 
-    db("upgrade")
+    flask("db", "upgrade")
     do_a_task()
 
 
 def test_tables_that_the_command_made_need_no_migration(
-    processes: Processes, tmp_path: Path, database_url: str
+    make_flask: Callable[[str], Flask], database_url: str
 ) -> None:
-    path = tmp_path / "images.py"
-    path.write_text(APP.replace("METADATA", ""))
-    migrations = str(tmp_path / "migrations")
-
-    assert processes.flask("--app", str(path), "bq", "create-tables").wait() == 0
+    flask = make_flask("")
+    flask("bq", "create-tables")
     query(
         database_url,
         "CREATE TABLE image (id serial PRIMARY KEY, task_id uuid REFERENCES bq_tasks (id))",
     )
-    assert processes.flask("--app", str(path), "db", "init", "-d", migrations).wait() == 0
-    check = processes.flask("--app", str(path), "db", "check", "-d", migrations)
-    assert check.wait() == 0, check.output
-    assert "No new upgrade operations detected" in check.output
+    flask("db", "init")
+    assert "No new upgrade operations detected" in flask("db", "check").output

@@ -81,7 +81,7 @@ def shell(script: str, folder: Path) -> str:
 def test_every_block_of_the_readme_is_run_here() -> None:
     """A new block needs a test: this counts them."""
     assert len(re.findall(r"^```\w+$", README, re.MULTILINE)) == 13
-    assert {language for language in re.findall(r"^```(\w+)$", README, re.MULTILINE)} == {
+    assert set(re.findall(r"^```(\w+)$", README, re.MULTILINE)) == {
         "python",
         "sh",
     }

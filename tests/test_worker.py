@@ -314,6 +314,83 @@ def test_an_outcome_whose_answer_is_lost_is_not_called_lost(
     assert "no longer this worker's" not in caplog.text
 
 
+def test_an_outcome_that_the_database_refuses_holds_up_no_other(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, work: Work, log: Log
+) -> None:
+    @bq.processor()
+    def answer(number: int) -> int:
+        return number
+
+    with app.app_context():
+        db.session.execute(
+            sa.text("ALTER TABLE bq_tasks ADD CHECK (result IS NULL OR result <> '13'::jsonb)")
+        )
+        answer.enqueue_many({"number": number} for number in range(10, 20))
+        note.enqueue(number=1)
+        db.session.commit()
+        work(concurrency=2)
+        tasks = db.session.scalars(sa.select(bq.Task)).all()
+    states = {task.kwargs["number"]: task.state for task in tasks}
+    assert states.pop(13) == "FAILED"
+    assert set(states.values()) == {"DONE"}
+    assert len(states) == 10
+    [failed] = [task for task in tasks if task.state == "FAILED"]
+    assert "could not be written" in failed.error_message
+
+
+def test_a_task_that_was_in_a_crash_does_not_stop_the_queue_behind_a_long_one(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log
+) -> None:
+    gate = threading.Event()
+
+    @bq.processor()
+    def long() -> None:
+        log.add("long")
+        gate.wait(60)
+
+    with app.app_context(), running(app, bq, concurrency=3):
+        long.enqueue()
+        db.session.commit()
+        log.wait(1)
+        suspect = note.run(number=-1)
+        suspect.crashes = 1
+        db.session.add(suspect)
+        note.enqueue_many({"number": number} for number in range(50))
+        db.session.commit()
+        log.wait(51)
+        assert -1 not in log
+        gate.set()
+        log.wait(52)
+    assert -1 in log
+
+
+def test_what_was_given_back_is_as_it_was(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log
+) -> None:
+    gate = threading.Event()
+
+    @bq.processor()
+    def long() -> None:
+        gate.wait(60)
+
+    with app.app_context(), running(app, bq, concurrency=1):
+        note.enqueue(number=0)
+        db.session.commit()
+        log.wait(1)
+        long.enqueue()
+        again = note.run(number=1)
+        again.error_message, again.attempts = "the last time", 1
+        db.session.add(again)
+        db.session.commit()
+        deadline = time.monotonic() + 30
+        while (again.claims, again.state) != (1, "PENDING"):
+            assert time.monotonic() < deadline
+            db.session.rollback()
+        assert (again.error_message, again.attempts) == ("the last time", 1)
+        gate.set()
+        log.wait(2)
+
+
 def test_a_worker_that_leaves_is_not_taken_for_dead(
     make_app: Any, db: SQLAlchemy, bq: BeanQueue
 ) -> None:
