@@ -45,7 +45,6 @@ def execute(app: Flask, bq: BeanQueue, config: Config, claim: Claim) -> Outcome 
     if processor is None:
         return outcomes.unknown(claim, len(bq.registry), config.UNKNOWN_GRACE)
     token = current_claim.set(claim)
-    process = os.getpid()
     outcome: Outcome | None = None
     try:
         with app.app_context():
@@ -58,8 +57,6 @@ def execute(app: Flask, bq: BeanQueue, config: Config, claim: Claim) -> Outcome 
             return outcomes.failed(claim, error)
         return outcome
     finally:
-        if os.getpid() != process:
-            os._exit(0)  # the processor forked, and this is the child: it is no worker
         current_claim.reset(token)
 
 
@@ -110,7 +107,12 @@ def perform(
     injected = bq.injection(processor.injected)
     if log.isEnabledFor(logging.DEBUG):
         log.debug("%s starts", claim.label, extra=claim.log_extra())
-    result = processor.func(**injected, **claim.kwargs)
+    process = os.getpid()
+    try:
+        result = processor.func(**injected, **claim.kwargs)
+    finally:
+        if os.getpid() != process:
+            os._exit(0)  # the processor forked, and this is the child: it must not commit
     if (savepoint := injected.get("savepoint")) is not None and savepoint.is_active:
         savepoint.commit()
     if processor.auto_complete:

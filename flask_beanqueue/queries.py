@@ -271,8 +271,6 @@ class Queries:
             SELECT {claim}, state, parked FROM {tasks} WHERE id = :id FOR NO KEY UPDATE
         """)
 
-        self._notify = self._text("SELECT pg_notify(:channel, '')")
-
         # Many tasks in one statement, their NOTIFY included.
         self._insert = self._text(f"""
             WITH made AS (
@@ -437,10 +435,6 @@ class Queries:
         return None if row is None else (Claim(*row[:-2]), row.state, row.parked)
 
     # What an app asks.
-
-    def notify(self, connection: Connection, channel: str) -> None:
-        """Wake the channel's workers when the connection's transaction commits."""
-        connection.execute(self._notify, {"channel": notify_name(channel)})
 
     def insert(
         self,

@@ -319,6 +319,7 @@ def test_a_forked_child_of_a_processor_is_no_worker(
     faults.db.session.commit()
     probe.wait("fork DONE")
     assert rows(database_url, "result, attempts") == [("parent", 1)]
+    assert effects(database_url) == ["fork"]
     assert worker.stop() == 0
 
 

@@ -136,6 +136,8 @@ def wait(name: str) -> None:
 @bq.processor(channel="faults")
 def fork() -> str:
     """Leaves a child that returns as if it were the worker."""
+    effect("fork")
+    db.session.flush()
     pid = os.fork()
     if pid == 0:
         return "child"
