@@ -23,8 +23,8 @@ import click
 import sqlalchemy as sa
 
 from flask_beanqueue.claim import Claim
+from flask_beanqueue.marks import Level
 from flask_beanqueue.models import uuid7
-from flask_beanqueue.queries import Level
 
 from .app import Row, bq, create_app, db, nothing, write
 

@@ -18,8 +18,8 @@ import click
 import psycopg2
 import sqlalchemy as sa
 
+from flask_beanqueue.marks import Level
 from flask_beanqueue.models import uuid7
-from flask_beanqueue.queries import Level
 
 from .app import bq, create_app, db, mark
 from .throughput import compiled

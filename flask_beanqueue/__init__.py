@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from .arguments import ArgumentError
 from .claim import ClaimLost
 from .config import Config, ConfigError
-from .executor import current_task
-from .extension import BeanQueue, TaskStateError
+from .extension import BeanQueue, current_task
+from .fence import TaskStateError
 from .models import (
     EventModelMixin,
     EventModelRefTaskMixin,
@@ -17,7 +18,7 @@ from .models import (
     WorkerRefMixin,
 )
 from .notify import listen_events
-from .processor import ArgumentError, Processor
+from .processor import Processor
 from .retry import DelayRetry, ExponentialBackoffRetry, LimitAttempt, RetryPolicy
 from .signals import (
     task_failed,

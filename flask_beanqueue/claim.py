@@ -37,6 +37,8 @@ class Claim:
     unknown_for: float | None
     #: A transaction of ``db.session`` has reached the database.
     began: bool = False
+    #: The session's transaction that has changed the task's row last, and so may keep it locked.
+    changed_in: t.Any = None
     #: The session's transaction, or savepoint, that holds the task's outcome.
     ended_in: t.Any = None
     #: The session's transaction that has written it through the fence, as its last statement.

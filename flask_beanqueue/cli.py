@@ -17,14 +17,13 @@ from flask.cli import AppGroup, with_appcontext
 from flask.logging import default_handler
 from werkzeug._reloader import run_with_reloader  # what Flask's own run command uses
 
+from .arguments import ArgumentError
 from .config import ConfigError
+from .extension import BeanQueue
 from .log import log
-from .processor import ArgumentError, import_packages
+from .registry import import_packages
 from .supervisor import Supervisor
 from .worker import Worker, WorkerDied
-
-if t.TYPE_CHECKING:
-    from .extension import BeanQueue
 
 bq_cli = AppGroup("bq", help="Work on the task queue.")
 

@@ -33,6 +33,30 @@ def connect(engine: Engine) -> Connection:
     return connection
 
 
+class Line:
+    """A connection of its own that is made when it is asked for, and again after it was lost.
+
+    :param engine: where to connect.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._connection: Connection | None = None
+
+    @property
+    def connection(self) -> Connection:
+        if self._connection is None:
+            self._connection = connect(self._engine)
+        return self._connection
+
+    def close(self) -> None:
+        """Close the connection, if there is one, and even if it is broken."""
+        if self._connection is not None:
+            with contextlib.suppress(Exception):
+                self._connection.close()
+            self._connection = None
+
+
 @contextlib.contextmanager
 def transaction(connection: Connection) -> t.Iterator[None]:
     """A transaction on a connection that is in autocommit otherwise. The driver and SQLAlchemy

@@ -11,41 +11,23 @@ import sqlalchemy as sa
 from flask import Flask, current_app, has_app_context
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.engine import Engine
-from sqlalchemy.orm import Session
+from werkzeug.local import LocalProxy
 
+from . import fence
 from . import outcome as outcomes
 from . import worker as workers
-from .claim import Claim, current_claim, current_task_id
+from .claim import current_claim
 from .config import PREFIX, Config, ConfigError
-from .executor import attach_task, listen_session
-from .models import PROCESSING, Models, make_models, uuid7
+from .models import make_models
 from .notify import listen_events
-from .processor import (
-    AnyProcessor,
-    Decorator,
-    Exceptions,
-    Options,
-    Processor,
-    Registry,
-    import_packages,
-)
-from .queries import Queries
+from .options import Options
+from .processor import AnyProcessor, Decorator, Exceptions, Processor
+from .queue import Queue
+from .registry import Registry, import_packages
 from .retry import RetryPolicy
 
 
-class TaskStateError(RuntimeError):
-    """A task cannot be ended from outside, since it is not waiting for that.
-
-    :ivar state: the task's state. ``PROCESSING``: its processor is still running, try again later.
-        Another: the task has ended, perhaps by the same call that came twice.
-    """
-
-    def __init__(self, message: str, state: str) -> None:
-        super().__init__(message)
-        self.state = state
-
-
-class BeanQueue:
+class BeanQueue(Queue):
     """A task queue in the PostgreSQL of a Flask app.
 
     :param app: an app whose Flask-SQLAlchemy is set up, if it is known already.
@@ -75,9 +57,6 @@ class BeanQueue:
             "WORKER_MODEL": worker_model,
             "EVENT_MODEL": event_model,
         }
-        self._db: SQLAlchemy | None = None
-        self._models: Models | None = None
-        self._queries: Queries | None = None
         self._configs: weakref.WeakKeyDictionary[Flask, Config] = weakref.WeakKeyDictionary()
         if db is not None:
             self._use(db)
@@ -135,7 +114,7 @@ class BeanQueue:
                 " call its init_app."
             )
         self._db = db
-        listen_session(db, self)
+        fence.listen_session(self)
 
     def _make_models(self, config: Config | None = None) -> None:
         own = dict(self._own_models)
@@ -154,53 +133,12 @@ class BeanQueue:
                 self.db, self._bind_key, own["TASK_MODEL"], own["WORKER_MODEL"], own["EVENT_MODEL"]
             )
             listen_events(self._models.task)
-            self._queries = Queries(self._models)
 
     def _model(self, setting: str) -> t.Any:
         assert self._models is not None
         return getattr(self._models, setting.removesuffix("_MODEL").lower())
 
     # What it is bound to.
-
-    @property
-    def db(self) -> SQLAlchemy:
-        """The Flask-SQLAlchemy extension."""
-        if self._db is None:
-            raise RuntimeError(
-                "This BeanQueue does not know its database yet. Write BeanQueue(db=db), or use it"
-                " after bq.init_app(app)."
-            )
-        return self._db
-
-    @property
-    def models(self) -> Models:
-        if self._models is None:
-            raise RuntimeError(
-                "The models are made with the database, which this BeanQueue does not know yet."
-                " Write BeanQueue(db=db) to have them at once, or use them after bq.init_app(app)."
-            )
-        return self._models
-
-    @property
-    def Task(self) -> t.Any:
-        """The model of the tasks."""
-        return self.models.task
-
-    @property
-    def Worker(self) -> t.Any:
-        """The model of the workers."""
-        return self.models.worker
-
-    @property
-    def Event(self) -> t.Any:
-        """The model of the events."""
-        return self.models.event
-
-    @property
-    def queries(self) -> Queries:
-        assert self.models is not None
-        assert self._queries is not None
-        return self._queries
 
     def config(self, app: Flask) -> Config:
         """The settings of an app."""
@@ -266,40 +204,6 @@ class BeanQueue:
 
         return t.cast(Decorator, decorate)
 
-    def injection(self, names: t.Iterable[str]) -> dict[str, t.Any]:
-        """The arguments that a processor is given beside its task's."""
-        claim = current_claim.get(None)
-        injected: dict[str, t.Any] = {}
-        for name in names:
-            if name == "db":
-                injected[name] = self.db.session()
-            elif name == "task":
-                injected[name] = None if claim is None else attach_task(self, claim)
-            else:
-                injected[name] = self.db.session.begin_nested()
-        return injected
-
-    def insert_many(self, processor: AnyProcessor, kwargs: t.Sequence[str]) -> list[uuid.UUID]:
-        """Insert tasks for a processor, their arguments given as JSON."""
-        ids = [uuid7() for _ in kwargs]
-        connection = self.db.session.connection(bind_arguments={"mapper": self.Task})
-        options = processor.options
-        parent_id = current_task_id()
-        self.queries.insert(
-            connection,
-            ids,
-            kwargs,
-            channel=options.channel,
-            module=processor.module,
-            func_name=processor.func_name,
-            priority=options.priority,
-            scheduled_at=options.scheduled_at,
-            delay=options.delay,
-            parent_id=parent_id and str(parent_id),
-            notify=connection.get_execution_options().get("bq_notify", True),
-        )
-        return ids
-
     def complete(self, task_id: uuid.UUID | str, *, result: t.Any = None) -> None:
         """End a task that ``auto_complete=False`` left PROCESSING: it is DONE.
 
@@ -309,7 +213,7 @@ class BeanQueue:
         :raises LookupError: if there is no such task.
         :raises TaskStateError: if the task has ended already, or its processor is still running.
         """
-        self._end(task_id, lambda claim: outcomes.ended(claim, result=result))
+        fence.end(self, as_uuid(task_id), lambda claim: outcomes.ended(claim, result=result))
 
     def fail(self, task_id: uuid.UUID | str, *, error: str) -> None:
         """End a task that ``auto_complete=False`` left PROCESSING: it is FAILED, for good.
@@ -320,39 +224,7 @@ class BeanQueue:
         :raises LookupError: if there is no such task.
         :raises TaskStateError: if the task has ended already, or its processor is still running.
         """
-        self._end(task_id, lambda claim: outcomes.ended(claim, error=error))
-
-    def _end(self, task_id: uuid.UUID | str, decide: t.Callable[[Claim], outcomes.Outcome]) -> None:
-        task_id = task_id if isinstance(task_id, uuid.UUID) else uuid.UUID(task_id)
-        session: Session = self.db.session()
-        session.flush()
-        connection = session.connection(bind_arguments={"mapper": self.Task})
-        held = self.queries.held(connection, task_id)
-        if held is None:
-            raise LookupError(f"There is no task {task_id}.")
-        claim, state, parked = held
-        claim.parked = parked
-        own = current_claim.get(None)
-        if own is not None and own.id == task_id:
-            claim = own  # with its own number of claims: it may be lost by now
-        elif state == PROCESSING and not parked:
-            raise TaskStateError(
-                f"Task {task_id} is still with its worker. It can be ended once its processor has"
-                " returned; a webhook that came early has to come again.",
-                state,
-            )
-        if state != PROCESSING:
-            raise TaskStateError(
-                f"Task {task_id} is {state}; only a running one can be ended.", state
-            )
-        outcome = decide(claim)
-        outcome.attempts = int(claim is own)  # a parked task's attempt is counted
-        if not outcomes.write(self.queries, connection, [outcome]):
-            raise TaskStateError(f"Task {task_id} was taken from this worker.", state)
-        claim.ended_in = session.get_nested_transaction() or session.get_transaction()
-        task = session.identity_map.get(sa.orm.util.identity_key(self.Task, task_id))
-        if task is not None:
-            session.expire(task)
+        fence.end(self, as_uuid(task_id), lambda claim: outcomes.ended(claim, error=error))
 
     # Workers.
 
@@ -397,7 +269,14 @@ class BeanQueue:
                 " Import the modules of your processors in the app factory, or name them in"
                 " BQ_PROCESSOR_PACKAGES."
             )
-        return workers.Worker(app, self, channels, **options)
+        config = self.config(app)
+        return workers.Worker(
+            app, self, self.registry, config, self.engine(app), channels, **options
+        )
+
+
+def as_uuid(task_id: uuid.UUID | str) -> uuid.UUID:
+    return task_id if isinstance(task_id, uuid.UUID) else uuid.UUID(task_id)
 
 
 def load_model(setting: str, name: str) -> type[t.Any]:
@@ -440,3 +319,16 @@ def check_engine(engine: Engine, bind_key: str | None) -> None:
             "The engine is in AUTOCOMMIT, where a task and its data cannot be committed together."
             " Take isolation_level out of SQLALCHEMY_ENGINE_OPTIONS."
         )
+
+
+def _current_task() -> t.Any:
+    claim = current_claim.get(None)
+    if claim is None:
+        raise RuntimeError(
+            "Working outside of a task. current_task is there while a worker runs a processor."
+        )
+    return current_app.extensions["beanqueue"].attach_task(claim)
+
+
+#: The ``bq.Task`` that is being done, anywhere below its processor.
+current_task: t.Any = LocalProxy(_current_task)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 import typing as t
 import uuid
 
+import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from . import outcome as outcomes
 from .config import Config
-from .connection import connect, transaction
+from .connection import Line, transaction
 from .log import log, reason
 from .queries import Queries
 
@@ -38,14 +38,13 @@ class Heartbeat(threading.Thread):
         on_outcome: t.Callable[[outcomes.Outcome], None],
     ) -> None:
         super().__init__(name="beanqueue-heartbeat", daemon=True)
-        self._engine = engine
+        self.line = Line(engine)
         self._queries = queries
         self._config = config
         self._worker_id = worker_id
         self._on_death = on_death
         self._on_outcome = on_outcome
         self._stopped = threading.Event()
-        self._connection: Connection | None = None
         self._last_beat = time.monotonic()
         self._modest_until = 0.0
         self._next_search = 0.0
@@ -56,6 +55,8 @@ class Heartbeat(threading.Thread):
 
     def run(self) -> None:
         failing = False
+        # An outage may have just ended, and everybody else be still on the way back.
+        self._modest_until = time.monotonic() + self._config.WORKER_HEARTBEAT_PERIOD
         while True:
             try:
                 if not self.beat():
@@ -66,24 +67,23 @@ class Heartbeat(threading.Thread):
                 if not failing:
                     log.warning("The heartbeat fails, and goes on trying: %s", reason(error))
                 failing = True
-                self.disconnect()
+                self.line.close()
             pause = min(1.0, self._config.WORKER_HEARTBEAT_PERIOD) if failing else None
             if self._stopped.wait(pause or self._config.WORKER_HEARTBEAT_PERIOD):
                 break
-        self.disconnect()
+        self.line.close()
 
     def beat(self) -> bool:
         """Beat once, bury who is silent, and take over what they held; False if this worker has
         been buried itself."""
-        if self._connection is None:
-            self._connection = connect(self._engine)
+        connection = self.line.connection
         timeout = self._config.WORKER_HEARTBEAT_TIMEOUT
         now = time.monotonic()
         if now - self._last_beat > timeout / 2:
             # The database was out of reach, perhaps for all workers: let the others beat first.
             self._modest_until = now + timeout
         alive, buried = self._queries.beat(
-            self._connection, self._worker_id, timeout, bury=now >= self._modest_until
+            connection, self._worker_id, timeout, bury=now >= self._modest_until
         )
         self._last_beat = now
         for worker_id, name in buried:
@@ -91,24 +91,30 @@ class Heartbeat(threading.Thread):
         if buried or now >= self._next_search:
             # A lock that outlives its backend for a moment hides a task: search once more.
             self._next_search = now if buried else now + timeout
-            self._queries.terminate(self._connection)
-            self.take_over(self._connection)
+            self._terminate(connection)
+            self.take_over(connection)
         return alive
+
+    def _terminate(self, connection: Connection) -> None:
+        """End the backends of dead workers, and with them their locks."""
+        try:
+            self._queries.terminate(connection)
+        except sa.exc.ProgrammingError as error:  # the right to do so may have been revoked
+            log.warning("The backends of dead workers cannot be ended: %s", reason(error))
 
     def take_over(self, connection: Connection) -> None:
         """Make the tasks of dead workers wait again, or fail where they died too often."""
         while not self._stopped.is_set():
             with transaction(connection):
                 orphans = self._queries.orphans(connection, TAKE_OVER_SIZE)
-                crashed = [outcomes.crashed(claim, self._config.MAX_CRASHES) for claim in orphans]
-                written = outcomes.write(self._queries, connection, crashed) if crashed else []
+                ends = [
+                    outcomes.given_back(claim)
+                    if left
+                    else outcomes.crashed(claim, self._config.MAX_CRASHES)
+                    for claim, left in orphans
+                ]
+                written = outcomes.write(self._queries, connection, ends) if ends else []
             for outcome in written:
                 self._on_outcome(outcome)
             if len(orphans) < TAKE_OVER_SIZE:
                 break
-
-    def disconnect(self) -> None:
-        if self._connection is not None:
-            with contextlib.suppress(Exception):
-                self._connection.close()
-            self._connection = None

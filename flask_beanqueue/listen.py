@@ -7,7 +7,7 @@ import hashlib
 import time
 import typing as t
 
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import Connection, Engine
 
 from .log import log, reason
 
@@ -23,6 +23,11 @@ def notify_name(channel: str) -> str:
     if len(channel.encode("utf-8", "surrogatepass")) < 64:
         return channel
     return "bq_" + hashlib.sha256(channel.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def notifies(connection: Connection) -> bool:
+    """Whether tasks that are written on this connection NOTIFY (``BQ_NOTIFY``)."""
+    return connection.get_execution_options().get("bq_notify", True) is not False
 
 
 class Listener:

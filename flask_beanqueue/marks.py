@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import typing as t
+import uuid
 
 from .claim import Claim
-from .queries import Level, Look
+
+#: Before every id, for a look from the front.
+NIL = uuid.UUID(int=0)
+FRONT = float("-inf")
 
 #: A look from the front may take one twentieth of the time, and comes after a second at most.
 LOOK_SHARE = 20
@@ -15,6 +20,59 @@ LOOK_WITHIN = 1.0
 LOOK_BUSY = 0.25
 #: Levels that are kept in mind although nothing waits there.
 MANY_LEVELS = 100
+
+
+@dataclasses.dataclass(slots=True)
+class Level:
+    """One channel and priority, and the place in its queue where the last claim stopped."""
+
+    channel: str
+    priority: int
+    at: float = FRONT
+    id: uuid.UUID = NIL
+    #: Where the mark was before it went back to the front.
+    passed: tuple[float, uuid.UUID] | None = None
+
+    @property
+    def mark(self) -> tuple[float, uuid.UUID]:
+        return self.at, self.id
+
+    @mark.setter
+    def mark(self, mark: tuple[float, uuid.UUID]) -> None:
+        self.at, self.id = mark
+
+    def go_back(self, front: Front) -> None:
+        """Let the next claim start at a task that the mark has passed."""
+        self.passed = max(self.mark, self.passed or self.mark)
+        self.mark = (front.at, NIL)
+
+    def return_(self) -> None:
+        """There is nothing left behind the old mark: go on from there."""
+        if self.passed is not None:
+            self.mark = max(self.mark, self.passed)
+            self.passed = None
+
+
+@dataclasses.dataclass(slots=True)
+class Front:
+    """The first waiting task of a level."""
+
+    channel: str
+    priority: int
+    at: float
+    id: uuid.UUID
+    #: Seconds until it is due; not above 0 if it is.
+    due_in: float
+
+
+class Look(t.NamedTuple):
+    """What a look from the front found."""
+
+    fronts: list[Front]
+    #: Seconds until the next task falls due that is not due yet.
+    next_due: float | None
+    #: Whether a task is due that must run alone.
+    suspects: bool
 
 
 class Marks:

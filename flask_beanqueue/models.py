@@ -485,7 +485,8 @@ def add_constraints(models: Models) -> None:
         where=c.state == sa.literal_column("'PENDING'"),
     )
     # What take-over looks through.
-    index("processing", c.worker_id, where=c.state == sa.literal_column("'PROCESSING'"))
+    processing = c.state == sa.literal_column("'PROCESSING'")
+    index("processing", c.worker_id, where=sa.and_(processing, sa.not_(c.parked)))
     # The few tasks whose worker died.
     index(
         "suspect",
@@ -504,5 +505,5 @@ def add_constraints(models: Models) -> None:
         if name not in {constraint.name for constraint in table.constraints}:
             values = ", ".join(f"'{state}'" for state in states)
             table.append_constraint(
-                sa.CheckConstraint(f"state IN ({values})", name=sa.sql.naming.conv(name))
+                sa.CheckConstraint(f"state IN ({values})", name=sa.schema.conv(name))
             )

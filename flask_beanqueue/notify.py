@@ -8,7 +8,7 @@ import weakref
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from .listen import notify_name
+from .listen import notifies, notify_name
 from .models import PENDING
 
 #: The channels that a transaction, or a savepoint, has notified. A savepoint has a set of its own:
@@ -48,7 +48,7 @@ def _updated(mapper: t.Any, connection: Connection, task: t.Any) -> None:
 
 def notify(connection: Connection, channel: str) -> None:
     """Send NOTIFY for a channel, once for each transaction and savepoint."""
-    if connection.get_execution_options().get("bq_notify") is False:
+    if not notifies(connection):
         return
     root = connection.get_transaction()
     innermost = connection.get_nested_transaction() or root

@@ -12,12 +12,15 @@ import uuid
 from sqlalchemy.engine import Connection
 
 from . import signals
+from .arguments import to_json
 from .claim import Claim
 from .listen import notify_name
 from .log import log
 from .models import DONE, FAILED, PENDING, PROCESSING, uuid7
-from .processor import AnyProcessor, check_aware, to_json
-from .queries import Queries, Settlement
+from .options import check_aware
+from .processor import AnyProcessor
+from .queries import Queries
+from .queue import Queue
 
 #: Seconds before a task whose processor nobody knew is offered again, at most.
 UNKNOWN_DELAY = 10.0
@@ -48,11 +51,13 @@ class Outcome:
     delay: float | None = None
     scheduled_at: datetime.datetime | None = None
 
+    @property
     def is_plain(self) -> bool:
         """Whether this is what nearly all tasks come to: DONE, and nothing to add."""
         return self.state == DONE and self.event is None and self.attempts == 1
 
-    def settlement(self) -> Settlement:
+    def settlement(self) -> dict[str, t.Any]:
+        """What the statement that writes it needs to know, as JSON has it."""
         return {
             "id": str(self.claim.id),
             "claims": self.claim.claims,
@@ -183,29 +188,48 @@ def ended(claim: Claim, *, result: t.Any = None, error: str | None = None) -> Ou
 # How it is written.
 
 
-def write(queries: Queries, connection: Connection, outcomes: t.Sequence[Outcome]) -> list[Outcome]:
+def write(
+    queries: Queries,
+    connection: Connection,
+    outcomes: t.Sequence[Outcome],
+    *,
+    lock_timeout: float | None = None,
+) -> list[Outcome]:
     """Write outcomes, each fenced by its claim, and return those that were written.
 
     The rest has been claimed by somebody else, cancelled or deleted in the meantime: whatever
     belongs to it must not be committed.
+
+    :param lock_timeout: seconds to wait for a row that somebody else has locked, in autocommit.
+    :raises sqlalchemy.exc.OperationalError: if that is over; of each kind of outcome, nothing is
+        then written.
     """
-    plain = [outcome for outcome in outcomes if outcome.is_plain()]
+    plain = [outcome for outcome in outcomes if outcome.is_plain]
     written: set[uuid.UUID] = set()
     if plain:
-        written = queries.finish(connection, [(each.claim, each.result) for each in plain])
+        written = queries.finish(
+            connection, [(each.claim, each.result) for each in plain], lock_timeout
+        )
     # A row that is no longer where the claim left it is looked for by its id.
     rest = [outcome for outcome in outcomes if outcome.claim.id not in written]
     if rest:
-        written |= queries.settle(connection, [outcome.settlement() for outcome in rest])
+        settlements = [outcome.settlement() for outcome in rest]
+        written |= queries.settle(connection, settlements, lock_timeout)
     return [outcome for outcome in outcomes if outcome.claim.id in written]
 
 
-def announce(app: t.Any, outcome: Outcome, task: t.Callable[[], t.Any]) -> None:
-    """Log an outcome and send its signal, once it is committed.
-
-    :param task: makes the task for the receivers, if there are any.
-    """
+def announce(app: t.Any, queue: Queue, outcome: Outcome) -> None:
+    """Log an outcome and send its signal, once it is committed."""
     claim = outcome.claim
+
+    def task() -> t.Any:
+        return queue.make_task(
+            claim,
+            state=outcome.state,
+            attempts=claim.attempts + outcome.attempts,
+            error_message=outcome.error_message,
+        )
+
     if outcome.state == DONE:
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s is done", claim.label, extra=claim.log_extra())

@@ -1,28 +1,22 @@
-"""Processors: the functions that do tasks, and the registry that finds them by name."""
+"""Processors: the functions that do tasks, and what makes tasks for them."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import datetime
-import importlib
 import inspect
-import json
-import pkgutil
-import re
 import typing as t
 import uuid
 
-import sqlalchemy as sa
 from sqlalchemy.orm import Session, SessionTransaction
 
+from .arguments import ArgumentError, to_json_arguments
 from .claim import current_task_id
-from .config import ConfigError
 from .models import TaskModelMixin
+from .options import Options
+from .queue import Queue
 from .retry import RetryPolicy
-
-if t.TYPE_CHECKING:
-    from .extension import BeanQueue
 
 P = t.ParamSpec("P")
 R = t.TypeVar("R")
@@ -36,58 +30,7 @@ C = t.TypeVar("C", bound=Session | TaskModelMixin | SessionTransaction)
 #: Parameters that the queue fills in, if the function names them.
 INJECTED = ("db", "task", "savepoint")
 
-#: Lists within lists that an argument may hold. Python's own limit depends on the caller: what a
-#: view can encode, a worker may not be able to decode.
-DEEPEST = 100
-
-#: The longest delay, so that it ends in a year that Python knows.
-CENTURIES = datetime.timedelta(days=365_000)
-
-#: U+0000 as JSON writes it, but not an escaped backslash before the text "u0000".
-NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
-
 Exceptions = type[BaseException] | tuple[type[BaseException], ...]
-
-
-class ArgumentError(TypeError):
-    """A task's arguments do not fit its processor, or cannot be stored."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What one task may have of its own, beside its arguments."""
-
-    channel: str
-    priority: int = 0
-    scheduled_at: datetime.datetime | None = None
-    delay: datetime.timedelta | None = None
-
-    def __post_init__(self) -> None:
-        check_channel(self.channel)
-        if not isinstance(self.priority, int) or not -(2**31) <= self.priority < 2**31:
-            raise ValueError(f"priority must be a whole number of 32 bits, not {self.priority!r}")
-        if self.delay is not None:
-            if self.scheduled_at is not None:
-                raise ValueError("Give scheduled_at or delay, not both.")
-            if not isinstance(self.delay, datetime.timedelta):
-                raise TypeError(f"delay must be a datetime.timedelta, not {self.delay!r}")
-            if abs(self.delay) > CENTURIES:
-                raise ValueError(f"delay is longer than ten centuries: {self.delay!r}")
-        if self.scheduled_at is not None:
-            check_aware("scheduled_at", self.scheduled_at)
-
-    def due(self) -> t.Any:
-        """The value of ``scheduled_at``: a delay counts by the database's clock."""
-        if self.delay is not None:
-            return sa.func.clock_timestamp() + self.delay
-        return self.scheduled_at
-
-
-def check_channel(channel: t.Any) -> None:
-    if not isinstance(channel, str):
-        raise TypeError(f"channel must be text, not {channel!r}")
-    if not channel or "\0" in channel:
-        raise ValueError(f"channel must not be empty or hold U+0000: {channel!r}")
 
 
 def check_exceptions(exceptions: t.Any) -> None:
@@ -99,54 +42,6 @@ def check_exceptions(exceptions: t.Any) -> None:
             )
 
 
-def check_aware(name: str, moment: t.Any) -> None:
-    if not isinstance(moment, datetime.datetime):
-        raise TypeError(f"{name} must be a datetime.datetime, not {moment!r}")
-    if moment.utcoffset() is None:
-        raise ValueError(
-            f"{name} has no time zone: {moment!r}. Use datetime.now(timezone.utc) as its base,"
-            " or give delay=timedelta(…)."
-        )
-    # In another time zone, PostgreSQL's answer may be a year that Python does not know.
-    if not datetime.MINYEAR < moment.year < datetime.MAXYEAR:
-        raise ValueError(f"{name} is out of range: {moment!r}")
-
-
-def to_json(value: t.Any) -> str:
-    """Encode a value as JSON that PostgreSQL's JSONB takes.
-
-    :raises ValueError: saying what stands in the way.
-    """
-    try:
-        text = json.dumps(value, allow_nan=False, ensure_ascii=True)
-    except RecursionError:
-        raise ValueError("it is nested too deeply, or holds itself") from None
-    except TypeError as error:
-        raise ValueError(str(error)) from None
-    except ValueError as error:
-        raise ValueError(
-            str(error).replace("Out of range float values", "NaN and Infinity")
-        ) from None
-    if NUL.search(text):
-        raise ValueError("it holds the character U+0000, which PostgreSQL cannot store")
-    if r"\ud" in text:  # a surrogate, perhaps a lone one
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ValueError("it holds half of a surrogate pair, which is no text") from None
-    if text.count("[") + text.count("{") > DEEPEST and is_deep(value):
-        raise ValueError("it is nested too deeply")
-    return text
-
-
-def is_deep(value: t.Any) -> bool:
-    layer = [value]
-    for _ in range(DEEPEST):
-        inner = [each.values() if isinstance(each, dict) else each for each in layer]
-        layer = [each for part in inner for each in part if isinstance(each, (list, tuple, dict))]
-    return bool(layer)
-
-
 class Processor(t.Generic[P, R_co]):
     """A function that does tasks of one kind, as :meth:`BeanQueue.processor` returns it.
 
@@ -156,7 +51,7 @@ class Processor(t.Generic[P, R_co]):
 
     def __init__(
         self,
-        bq: BeanQueue,
+        queue: Queue,
         func: t.Callable[..., R_co],
         options: Options,
         *,
@@ -164,7 +59,7 @@ class Processor(t.Generic[P, R_co]):
         retry_exceptions: Exceptions | None = None,
         auto_complete: bool = True,
     ) -> None:
-        self.bq = bq
+        self.queue = queue
         self.func = func
         self.options = options
         self.retry_policy = retry_policy
@@ -215,7 +110,7 @@ class Processor(t.Generic[P, R_co]):
         in a worker where they are not given; ``task`` is None outside of one."""
         injected: dict[str, t.Any] = {}
         if self.injected and not args:
-            injected = self.bq.injection(name for name in self.injected if name not in kwargs)
+            injected = self.queue.injection(name for name in self.injected if name not in kwargs)
         with injected.get("savepoint") or contextlib.nullcontext():
             return self.func(*args, **injected, **kwargs)
 
@@ -254,7 +149,7 @@ class Processor(t.Generic[P, R_co]):
         :raises ArgumentError: if the arguments do not fit the processor's parameters, or cannot
             be encoded as JSON.
         """
-        task: TaskModelMixin = self.bq.Task(
+        task: TaskModelMixin = self.queue.Task(
             channel=self.options.channel,
             module=self.module,
             func_name=self.func_name,
@@ -273,7 +168,7 @@ class Processor(t.Generic[P, R_co]):
         :raises ArgumentError: as :meth:`run` does.
         """
         task = self.run(*args, **kwargs)
-        self.bq.db.session.add(task)
+        self.queue.db.session.add(task)
         return task
 
     def enqueue_many(self, arguments: t.Iterable[t.Mapping[str, t.Any]]) -> list[uuid.UUID]:
@@ -292,10 +187,12 @@ class Processor(t.Generic[P, R_co]):
                     f" but item {number} is {kwargs!r}"
                 )
             try:
-                rows.append(to_json_arguments(self, self.bind((), kwargs)))
+                rows.append(to_json_arguments(self.name, self.bind((), kwargs)))
             except ArgumentError as error:
                 raise ArgumentError(f"Item {number}: {error}") from None
-        return self.bq.insert_many(self, rows) if rows else []
+        return (
+            self.queue.insert_many(self.module, self.func_name, self.options, rows) if rows else []
+        )
 
     def check(self, /, *args: t.Any, **kwargs: t.Any) -> dict[str, t.Any]:
         """Return a task's arguments by name.
@@ -303,7 +200,7 @@ class Processor(t.Generic[P, R_co]):
         :raises ArgumentError: as :meth:`run` does.
         """
         arguments = self.bind(args, kwargs)
-        to_json_arguments(self, arguments)
+        to_json_arguments(self.name, arguments)
         return arguments
 
     def bind(self, args: tuple[t.Any, ...], kwargs: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
@@ -350,76 +247,3 @@ class Decorator(t.Protocol):
     ) -> Processor[..., R]: ...
     @t.overload
     def __call__(self, func: t.Callable[P, R], /) -> Processor[P, R]: ...
-
-
-def to_json_arguments(processor: AnyProcessor, arguments: dict[str, t.Any]) -> str:
-    """Encode a task's arguments, or name the one that cannot be."""
-    try:
-        return to_json(arguments)
-    except ValueError as problem:
-        for name, value in arguments.items():
-            try:
-                to_json(value)
-            except ValueError as error:
-                raise ArgumentError(
-                    f"{processor.name}: the argument {name!r} cannot be stored as JSON: {error}."
-                    " Pass something plain in its place, such as an id, a string or a number."
-                ) from None
-        raise ArgumentError(
-            f"{processor.name}: the arguments cannot be stored as JSON: {problem}."
-        ) from None
-
-
-class Registry:
-    """The processors of one BeanQueue, by module and function name."""
-
-    def __init__(self) -> None:
-        self._processors: dict[tuple[str, str], AnyProcessor] = {}
-
-    def __len__(self) -> int:
-        return len(self._processors)
-
-    def __iter__(self) -> t.Iterator[AnyProcessor]:
-        return iter(self._processors.values())
-
-    def add(self, processor: AnyProcessor) -> None:
-        """Add a processor.
-
-        :raises ValueError: if another function has that module and name. The same function may
-            come again, as it does where an app factory defines it.
-        """
-        key = processor.module, processor.func_name
-        known = self._processors.get(key)
-        if known and getattr(known.func, "__code__", 0) is not getattr(
-            processor.func, "__code__", 1
-        ):
-            raise ValueError(
-                f"There are two processors called {processor.name}. Tasks find theirs by module"
-                " and name: rename one."
-            )
-        self._processors[key] = processor
-
-    def get(self, module: str, func_name: str) -> AnyProcessor | None:
-        return self._processors.get((module, func_name))
-
-    @property
-    def channels(self) -> tuple[str, ...]:
-        """Every channel that a processor names, in order of appearance."""
-        return tuple(dict.fromkeys(processor.options.channel for processor in self))
-
-
-def import_packages(names: t.Iterable[str]) -> None:
-    """Import packages with all their submodules, so that their processors register.
-
-    :raises ConfigError: for a package that is not there.
-    """
-    for name in names:
-        try:
-            package = importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if not f"{name}.".startswith(f"{error.name}."):  # something that it imports
-                raise
-            raise ConfigError(f"BQ_PROCESSOR_PACKAGES names {name}: {error}") from error
-        for module in pkgutil.walk_packages(getattr(package, "__path__", ()), f"{name}."):
-            if not module.name.endswith(".__main__"):
-                importlib.import_module(module.name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import typing as t
 import uuid
@@ -12,85 +11,9 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import Connection
 
 from .claim import Claim
-from .listen import notify_name
+from .listen import notifies, notify_name
+from .marks import Front, Level, Look
 from .models import Models
-
-#: Before every id, for a look from the front.
-NIL = uuid.UUID(int=0)
-FRONT = float("-inf")
-
-
-@dataclasses.dataclass(slots=True)
-class Level:
-    """One channel and priority, and the place in its queue where the last claim stopped."""
-
-    channel: str
-    priority: int
-    at: float = FRONT
-    id: uuid.UUID = NIL
-    #: Where the mark was before it went back to the front.
-    passed: tuple[float, uuid.UUID] | None = None
-
-    @property
-    def mark(self) -> tuple[float, uuid.UUID]:
-        return self.at, self.id
-
-    @mark.setter
-    def mark(self, mark: tuple[float, uuid.UUID]) -> None:
-        self.at, self.id = mark
-
-    def go_back(self, front: Front) -> None:
-        """Let the next claim start at a task that the mark has passed."""
-        self.passed = max(self.mark, self.passed or self.mark)
-        self.mark = (front.at, NIL)
-
-    def return_(self) -> None:
-        """There is nothing left behind the old mark: go on from there."""
-        if self.passed is not None:
-            self.mark = max(self.mark, self.passed)
-            self.passed = None
-
-
-@dataclasses.dataclass(slots=True)
-class Front:
-    """The first waiting task of a level."""
-
-    channel: str
-    priority: int
-    at: float
-    id: uuid.UUID
-    #: Seconds until it is due; not above 0 if it is.
-    due_in: float
-
-
-class Look(t.NamedTuple):
-    """What a look from the front found."""
-
-    fronts: list[Front]
-    #: Seconds until the next task falls due that is not due yet.
-    next_due: float | None
-    #: Whether a task is due that must run alone.
-    suspects: bool
-
-
-#: What a statement that ends or gives back a task needs to know, as JSON.
-class Settlement(t.TypedDict):
-    id: str
-    claims: int
-    state: str
-    result: str | None
-    error_message: str | None
-    attempts: int
-    crashes: int
-    parked: bool
-    was_parked: bool
-    unknown: bool
-    delay: float | None
-    scheduled_at: str | None
-    channel: str
-    event_id: str | None
-    event: str | None
-    traceback: str | None
 
 
 class Queries:
@@ -104,6 +27,13 @@ class Queries:
             "workers": quote(models.worker.__table__),
             "events": quote(models.event.__table__),
         }
+        # How long the statement may wait for a lock, as lock_timeout says it; NULL: as the session
+        # has it. It holds for the statement's own transaction, so no pooler is in its way, and it
+        # is part of the statement, so it costs no round trip.
+        self._names["patience"] = """patience AS MATERIALIZED (
+            SELECT CASE WHEN CAST(:lock_timeout AS text) IS NOT NULL
+                THEN set_config('lock_timeout', :lock_timeout, true) END
+        )"""
         has_parent = "parent_id" in models.task.__table__.c
 
         # A claim is one statement in autocommit: one round trip, and no transaction that a frozen
@@ -200,6 +130,7 @@ class Queries:
         # because a plain comparison lets the planner choose the index of PROCESSING rows, which
         # is as full of dead entries as the other.
         self._finish = self._text("""
+            WITH {patience}
             UPDATE {tasks} AS t SET state = 'DONE', attempts = t.attempts + 1,
                 result = COALESCE(CAST(done.result AS jsonb), t.result), error_message = NULL,
                 unknown_since = NULL, finished_at = clock_timestamp()
@@ -207,6 +138,7 @@ class Queries:
                 CAST(:ctids AS tid[]), CAST(:ids AS uuid[]), CAST(:claims AS int[]),
                 CAST(:results AS text[])
             ) AS done (ctid, id, claims, result)
+            CROSS JOIN patience
             WHERE t.ctid = done.ctid AND t.id = done.id AND t.claims = done.claims
               AND t.state || '' = 'PROCESSING'
             RETURNING t.id
@@ -216,8 +148,9 @@ class Queries:
         # for these are few; and as JSON, for they have many parts. It is also the second chance of
         # a row that has moved since its claim.
         self._settle = self._text("""
-            WITH outcome AS MATERIALIZED (
-                SELECT * FROM jsonb_to_recordset(CAST(:outcomes AS jsonb)) AS outcome (
+            WITH {patience}, outcome AS MATERIALIZED (
+                SELECT outcome.* FROM patience
+                CROSS JOIN jsonb_to_recordset(CAST(:outcomes AS jsonb)) AS outcome (
                     id uuid, claims int, state text, result text, error_message text,
                     attempts int, crashes int, parked bool, was_parked bool, unknown bool,
                     delay float8, scheduled_at timestamptz, channel text,
@@ -255,8 +188,18 @@ class Queries:
             ), notified AS (
                 SELECT count(pg_notify(channel, '')) AS channels
                 FROM (SELECT DISTINCT channel FROM settled WHERE state = 'PENDING') AS waiting
+                WHERE :notify
             )
             SELECT id FROM settled CROSS JOIN notified
+        """).columns(id=postgresql.UUID(as_uuid=True))
+
+        # Which rows somebody else has locked, without waiting for them.
+        self._locked = self._text("""
+            WITH unlocked AS MATERIALIZED (
+                SELECT id FROM {tasks} WHERE id = ANY (CAST(:ids AS uuid[]))
+                FOR NO KEY UPDATE SKIP LOCKED)
+            SELECT id FROM {tasks} WHERE id = ANY (CAST(:ids AS uuid[]))
+              AND id NOT IN (SELECT id FROM unlocked)
         """).columns(id=postgresql.UUID(as_uuid=True))
 
         # The fence of a commit that is not the task's last, and of one whose processor set the
@@ -323,11 +266,13 @@ class Queries:
         """)
 
         # Every task that a worker should be doing and none is; who is silent has been declared dead
-        # by the heartbeat. The locks are kept until the
-        # outcome is written in the same transaction; what somebody else has locked comes next
-        # time.
+        # by the heartbeat, and who said goodbye may have had to leave something behind. The locks
+        # are kept until the outcome is written in the same transaction; what somebody else has
+        # locked comes next time.
         self._orphans = self._returning_claims("""
-            SELECT {claim} FROM {tasks} AS t
+            SELECT {claim}, EXISTS (
+                SELECT FROM {workers} AS w WHERE w.id = t.worker_id AND w.state = 'SHUTDOWN')
+            FROM {tasks} AS t
             WHERE state = 'PROCESSING' AND NOT parked AND NOT EXISTS (
                 SELECT FROM {workers} AS w WHERE w.id = t.worker_id AND w.state = 'RUNNING')
             LIMIT :limit FOR NO KEY UPDATE SKIP LOCKED
@@ -397,10 +342,14 @@ class Queries:
         )
 
     def finish(
-        self, connection: Connection, done: t.Sequence[tuple[Claim, str | None]]
+        self,
+        connection: Connection,
+        done: t.Sequence[tuple[Claim, str | None]],
+        lock_timeout: float | None = None,
     ) -> set[uuid.UUID]:
         """Mark claimed tasks DONE, each with its result as JSON.
 
+        :param lock_timeout: seconds to wait for a locked row, in autocommit.
         :return: the ids of those whose row was still where it was, and still claimed.
         """
         rows = connection.execute(
@@ -410,16 +359,35 @@ class Queries:
                 "ids": [str(claim.id) for claim, _ in done],
                 "claims": [claim.claims for claim, _ in done],
                 "results": [result for _, result in done],
+                "lock_timeout": milliseconds(lock_timeout),
             },
         )
         return {row.id for row in rows}
 
-    def settle(self, connection: Connection, outcomes: t.Sequence[Settlement]) -> set[uuid.UUID]:
+    def settle(
+        self,
+        connection: Connection,
+        outcomes: t.Sequence[dict[str, t.Any]],
+        lock_timeout: float | None = None,
+    ) -> set[uuid.UUID]:
         """Write outcomes with their events.
 
+        :param lock_timeout: seconds to wait for a locked row, in autocommit.
         :return: the ids of the tasks that were still claimed.
         """
-        rows = connection.execute(self._settle, {"outcomes": json.dumps(outcomes)})
+        rows = connection.execute(
+            self._settle,
+            {
+                "outcomes": json.dumps(outcomes),
+                "notify": notifies(connection),
+                "lock_timeout": milliseconds(lock_timeout),
+            },
+        )
+        return {row.id for row in rows}
+
+    def locked(self, connection: Connection, ids: t.Sequence[uuid.UUID]) -> set[uuid.UUID]:
+        """Return the ids of those tasks whose rows another transaction has locked."""
+        rows = connection.execute(self._locked, {"ids": [str(id) for id in ids]})
         return {row.id for row in rows}
 
     def hold(self, connection: Connection, claim: Claim) -> str | None:
@@ -441,8 +409,6 @@ class Queries:
         connection: Connection,
         ids: t.Sequence[uuid.UUID],
         kwargs: t.Sequence[str],
-        *,
-        notify: bool,
         **columns: t.Any,
     ) -> None:
         """Insert tasks that differ in their arguments, given as JSON."""
@@ -451,7 +417,7 @@ class Queries:
             {
                 "ids": [str(id) for id in ids],
                 "kwargs": list(kwargs),
-                "notify": notify,
+                "notify": notifies(connection),
                 "notify_name": notify_name(columns["channel"]),
                 **columns,
             },
@@ -487,14 +453,20 @@ class Queries:
         """End the backends of dead workers, and with them their locks; return how many."""
         return len(connection.execute(self._terminate, {"prefix": application_name("")}).all())
 
-    def orphans(self, connection: Connection, limit: int) -> list[Claim]:
-        """Lock tasks that are PROCESSING for no living worker."""
+    def orphans(self, connection: Connection, limit: int) -> list[tuple[Claim, bool]]:
+        """Lock tasks that are PROCESSING for no living worker; return them, each with whether its
+        worker has shut down in order."""
         rows = connection.execute(self._orphans, {"limit": limit})
-        return [Claim(*row) for row in rows]
+        return [(Claim(*row[:-1]), row[-1]) for row in rows]
 
     def mine(self, connection: Connection, worker_id: uuid.UUID) -> list[Claim]:
         """Return what a worker has claimed."""
         return [Claim(*row) for row in connection.execute(self._mine, {"worker_id": worker_id})]
+
+
+def milliseconds(seconds: float | None) -> str | None:
+    """A time as PostgreSQL's settings take it."""
+    return None if seconds is None else f"{seconds * 1000:.0f}ms"
 
 
 def application_name(worker_id: uuid.UUID | str) -> str:

@@ -221,7 +221,7 @@ def test_a_burst_does_all_that_is_due(
     with app.app_context():
         for number in range(3):
             double.enqueue(number=number)
-        double.bq.db.session.commit()
+        double.queue.db.session.commit()
     result = invoke("worker", "--burst", "--name", "the-worker")
     assert (result.exit_code, result.exception) == (0, None)
     assert query(database_url, "SELECT result FROM bq_tasks ORDER BY id") == [(0,), (2,), (4,)]

@@ -41,7 +41,7 @@ def make_heartbeat(app: Flask, bq: BeanQueue) -> Iterator[MakeHeartbeat]:
 
     yield make
     for heartbeat in made:
-        heartbeat.disconnect()
+        heartbeat.line.close()
 
 
 def fall_silent(db: SQLAlchemy, bq: BeanQueue, seconds: int) -> None:

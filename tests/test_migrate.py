@@ -102,7 +102,7 @@ def test_a_migration_has_all_that_the_tables_have(
     ]
     for index, where in {
         "pending": "state = 'PENDING'",
-        "processing": "state = 'PROCESSING'",
+        "processing": "state = 'PROCESSING' AND NOT parked",
         "suspect": "crashes > 0 AND state IN ('PENDING', 'PROCESSING')",
         "parent": "parent_id IS NOT NULL",
     }.items():

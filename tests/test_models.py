@@ -455,7 +455,9 @@ def test_the_queue_is_in_partial_indexes(app: Flask, database_url: str) -> None:
         "bq_tasks_pkey": "USING btree (id)",
         "ix_bq_tasks_pending": "USING btree (channel, priority, scheduled_at, id)"
         " WHERE (state = 'PENDING'::text)",
-        "ix_bq_tasks_processing": "USING btree (worker_id) WHERE (state = 'PROCESSING'::text)",
+        "ix_bq_tasks_processing": (
+            "USING btree (worker_id) WHERE ((state = 'PROCESSING'::text) AND (NOT parked))"
+        ),
         "ix_bq_tasks_suspect": "USING btree (channel, scheduled_at) WHERE ((crashes > 0)"
         " AND (state = ANY (ARRAY['PENDING'::text, 'PROCESSING'::text])))",
         "ix_bq_tasks_parent": "USING btree (parent_id) WHERE (parent_id IS NOT NULL)",

@@ -98,7 +98,7 @@ def enqueue(app: Flask, *processors: Any) -> None:
     with app.app_context():
         for processor in processors:
             processor.enqueue()
-            processor.bq.db.session.commit()
+            processor.queue.db.session.commit()
 
 
 @both_ways

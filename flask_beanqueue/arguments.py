@@ -1,0 +1,73 @@
+"""Arguments and results as JSON that PostgreSQL takes."""
+
+from __future__ import annotations
+
+import json
+import re
+import typing as t
+
+#: Lists within lists that an argument may hold. Python's own limit depends on the caller: what a
+#: view can encode, a worker may not be able to decode.
+DEEPEST = 100
+
+#: U+0000 as JSON writes it, but not an escaped backslash before the text "u0000".
+NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+
+
+class ArgumentError(TypeError):
+    """A task's arguments do not fit its processor, or cannot be stored."""
+
+
+def to_json(value: t.Any) -> str:
+    """Encode a value as JSON that PostgreSQL's JSONB takes.
+
+    :raises ValueError: saying what stands in the way.
+    """
+    try:
+        text = json.dumps(value, allow_nan=False, ensure_ascii=True)
+    except RecursionError:
+        raise ValueError("it is nested too deeply, or holds itself") from None
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+    except ValueError as error:
+        raise ValueError(
+            str(error).replace("Out of range float values", "NaN and Infinity")
+        ) from None
+    if NUL.search(text):
+        raise ValueError("it holds the character U+0000, which PostgreSQL cannot store")
+    if r"\ud" in text:  # a surrogate, perhaps a lone one
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("it holds half of a surrogate pair, which is no text") from None
+    if text.count("[") + text.count("{") > DEEPEST and is_deep(value):
+        raise ValueError("it is nested too deeply")
+    return text
+
+
+def is_deep(value: t.Any) -> bool:
+    layer = [value]
+    for _ in range(DEEPEST):
+        inner = [each.values() if isinstance(each, dict) else each for each in layer]
+        layer = [each for part in inner for each in part if isinstance(each, (list, tuple, dict))]
+    return bool(layer)
+
+
+def to_json_arguments(name: str, arguments: dict[str, t.Any]) -> str:
+    """Encode a task's arguments.
+
+    :param name: whose arguments they are.
+    :raises ArgumentError: naming the one that cannot be stored.
+    """
+    try:
+        return to_json(arguments)
+    except ValueError as problem:
+        for key, value in arguments.items():
+            try:
+                to_json(value)
+            except ValueError as error:
+                raise ArgumentError(
+                    f"{name}: the argument {key!r} cannot be stored as JSON: {error}."
+                    " Pass something plain in its place, such as an id, a string or a number."
+                ) from None
+        raise ArgumentError(f"{name}: the arguments cannot be stored as JSON: {problem}.") from None

@@ -1,0 +1,35 @@
+"""The database's errors, and what they mean for a worker."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+#: What a worker's loop survives.
+TROUBLE = (sa.exc.DBAPIError, sa.exc.TimeoutError)
+
+
+def sqlstate(error: sa.exc.DBAPIError) -> str:
+    """The five characters by which PostgreSQL calls an error, with psycopg2 and psycopg 3."""
+    return getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None) or ""
+
+
+def is_refusal(error: sa.exc.DBAPIError) -> bool:
+    """Whether the database refuses what it was given, and would do so again: a value, a
+    constraint, a trigger, a limit."""
+    if error.connection_invalidated:
+        return False
+    kinds = (sa.exc.DataError, sa.exc.IntegrityError, sa.exc.InternalError)
+    return isinstance(error, kinds) or sqlstate(error).startswith("54")
+
+
+def is_lock_timeout(error: sa.exc.DBAPIError) -> bool:
+    """Whether somebody else keeps a lock for longer than was to be waited."""
+    return sqlstate(error) == "55P03"
+
+
+def is_interruption(error: BaseException) -> bool:
+    """Whether the database went away, which is no fault of the task."""
+    if not isinstance(error, sa.exc.DBAPIError):
+        return False
+    cannot_connect = isinstance(error, sa.exc.OperationalError) and error.statement is None
+    return error.connection_invalidated or cannot_connect

@@ -1,0 +1,165 @@
+"""The fence: no commit of ``db.session`` goes through for a claim that is lost."""
+
+from __future__ import annotations
+
+import typing as t
+import uuid
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from . import outcome as outcomes
+from .claim import Claim, ClaimLost, current_claim
+from .models import PROCESSING
+from .outcome import Outcome
+from .queue import Queue
+
+LOST = (
+    "The task is not as it was claimed: it was taken from this worker, or its processor has deleted"
+    " it or changed its state, claims or id past the ORM. What the processor wrote is rolled back."
+)
+
+
+class TaskStateError(RuntimeError):
+    """A task cannot be ended from outside, since it is not waiting for that.
+
+    :ivar state: the task's state. ``PROCESSING``: its processor is still running, try again later.
+        Another: the task has ended, perhaps by the same call that came twice.
+    """
+
+    def __init__(self, message: str, state: str) -> None:
+        super().__init__(message)
+        self.state = state
+
+
+def used(session: Session, claim: Claim) -> bool:
+    """Whether a transaction of the session has something to commit."""
+    pending = session.new or session.dirty or session.deleted
+    return bool(pending) or (claim.began and session.in_transaction())
+
+
+def innermost(session: Session) -> t.Any:
+    """The session's open savepoint, or its transaction."""
+    return session.get_nested_transaction() or session.get_transaction()
+
+
+def ended_in(session: Session, claim: Claim) -> bool:
+    """Whether the session's open transaction holds the task's outcome."""
+    transaction = innermost(session)
+    while transaction is not None and transaction is not claim.ended_in:
+        transaction = transaction.parent
+    return transaction is not None
+
+
+def commit(queue: Queue, session: Session, outcome: Outcome) -> bool:
+    """Commit what the processor wrote together with the outcome, if the claim still holds.
+
+    :return: whether the outcome was written here; if not, the processor had ended its task itself.
+    :raises ClaimLost: if the claim does not hold; nothing is committed.
+    """
+    claim = outcome.claim
+    session.flush()
+    if claim.settled or ended_in(session, claim):
+        session.commit()  # under the guard of before_commit
+        return False
+    if not outcomes.write(queue.queries, queue.connection(session), [outcome]):
+        raise ClaimLost(LOST)
+    claim.ended_in = claim.fenced_in = session.get_transaction()
+    session.commit()
+    return True
+
+
+def guard(queue: Queue, session: Session, claim: Claim) -> None:
+    """Lock the task's row for the session's commit.
+
+    :raises ClaimLost: if the task is another worker's by now, or somebody else has ended it.
+    :raises RuntimeError: if another session of the same processor has changed the row and keeps
+        it locked: this one would wait for ever.
+    """
+    session.flush()
+    other = claim.changed_in
+    if other is not None and other.is_active and other is not session.get_transaction():
+        raise RuntimeError(
+            f"{claim.label} has changed its own task in another session, which is not committed yet"
+            " and keeps the row locked, so this commit cannot be checked against the claim. Commit"
+            " the other session first, or use one session (one app context) for both."
+        )
+    state = queue.queries.hold(queue.connection(session), claim)
+    ended = claim.settled or ended_in(session, claim)
+    if state is None or ended == (state == PROCESSING):
+        raise ClaimLost(LOST)
+
+
+def listen_session(queue: Queue) -> None:
+    """Watch the sessions of ``db`` for what processors do with them."""
+
+    def after_begin(session: Session, transaction: t.Any, connection: t.Any) -> None:
+        if (claim := current_claim.get(None)) is not None:
+            claim.began = True
+
+    def before_flush(session: Session, context: t.Any, instances: t.Any) -> None:
+        # A processor may change its task, or end it by setting its state. A state that was loaded
+        # says nothing: somebody else may have set it.
+        if (claim := current_claim.get(None)) is None:
+            return
+        task = queue.known_task(session, claim.id)
+        if task is None or not session.is_modified(task):
+            return
+        claim.changed_in = session.get_transaction()
+        if sa.inspect(task).attrs.state.history.has_changes():
+            claim.ended_in = None if task.state == PROCESSING else innermost(session)
+
+    def before_commit(session: Session) -> None:
+        # A processor commits by itself: fence that commit, too.
+        if (claim := current_claim.get(None)) is None:
+            return
+        if (savepoint := session.get_nested_transaction()) is not None:
+            # Its release commits nothing, but hands over what it holds.
+            session.flush()
+            if claim.ended_in is savepoint:
+                claim.ended_in = savepoint.parent
+        elif session.get_transaction() is not claim.fenced_in and used(session, claim):
+            guard(queue, session, claim)
+
+    def after_commit(session: Session) -> None:
+        claim = current_claim.get(None)
+        if claim is not None and not session.in_nested_transaction() and ended_in(session, claim):
+            claim.settled = True
+
+    for listener in (after_begin, before_flush, before_commit, after_commit):
+        sa.event.listen(queue.db.session, listener.__name__, listener)
+
+
+def end(queue: Queue, task_id: uuid.UUID, decide: t.Callable[[Claim], Outcome]) -> None:
+    """End a parked task, or the one that runs here, in ``db.session``.
+
+    :raises LookupError: if there is no such task.
+    :raises TaskStateError: if the task has ended already, or another processor is at it.
+    """
+    session: Session = queue.db.session()
+    session.flush()
+    connection = queue.connection(session)
+    held = queue.queries.held(connection, task_id)
+    if held is None:
+        raise LookupError(f"There is no task {task_id}.")
+    claim, state, parked = held
+    claim.parked = parked
+    own = current_claim.get(None)
+    if own is not None and own.id == task_id:
+        claim = own  # with its own number of claims: it may be lost by now
+        claim.changed_in = session.get_transaction()
+    elif state == PROCESSING and not parked:
+        raise TaskStateError(
+            f"Task {task_id} is still with its worker. It can be ended once its processor has"
+            " returned; a webhook that came early has to come again.",
+            state,
+        )
+    if state != PROCESSING:
+        raise TaskStateError(f"Task {task_id} is {state}; only a running one can be ended.", state)
+    outcome = decide(claim)
+    outcome.attempts = int(claim is own)  # a parked task's attempt is counted
+    if not outcomes.write(queue.queries, connection, [outcome]):
+        raise TaskStateError(f"Task {task_id} was taken from this worker.", state)
+    claim.ended_in = innermost(session)
+    if (task := queue.known_task(session, task_id)) is not None:
+        session.expire(task)

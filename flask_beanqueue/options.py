@@ -1,0 +1,62 @@
+"""The options of a task: what it may have of its own, beside its arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import typing as t
+
+import sqlalchemy as sa
+
+#: The longest delay, so that it ends in a year that Python knows.
+CENTURIES = datetime.timedelta(days=365_000)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What one task may have of its own, beside its arguments."""
+
+    channel: str
+    priority: int = 0
+    scheduled_at: datetime.datetime | None = None
+    delay: datetime.timedelta | None = None
+
+    def __post_init__(self) -> None:
+        check_channel(self.channel)
+        if not isinstance(self.priority, int) or not -(2**31) <= self.priority < 2**31:
+            raise ValueError(f"priority must be a whole number of 32 bits, not {self.priority!r}")
+        if self.delay is not None:
+            if self.scheduled_at is not None:
+                raise ValueError("Give scheduled_at or delay, not both.")
+            if not isinstance(self.delay, datetime.timedelta):
+                raise TypeError(f"delay must be a datetime.timedelta, not {self.delay!r}")
+            if abs(self.delay) > CENTURIES:
+                raise ValueError(f"delay is longer than ten centuries: {self.delay!r}")
+        if self.scheduled_at is not None:
+            check_aware("scheduled_at", self.scheduled_at)
+
+    def due(self) -> t.Any:
+        """The value of ``scheduled_at``: a delay counts by the database's clock."""
+        if self.delay is not None:
+            return sa.func.clock_timestamp() + self.delay
+        return self.scheduled_at
+
+
+def check_channel(channel: t.Any) -> None:
+    if not isinstance(channel, str):
+        raise TypeError(f"channel must be text, not {channel!r}")
+    if not channel or "\0" in channel:
+        raise ValueError(f"channel must not be empty or hold U+0000: {channel!r}")
+
+
+def check_aware(name: str, moment: t.Any) -> None:
+    if not isinstance(moment, datetime.datetime):
+        raise TypeError(f"{name} must be a datetime.datetime, not {moment!r}")
+    if moment.utcoffset() is None:
+        raise ValueError(
+            f"{name} has no time zone: {moment!r}. Use datetime.now(timezone.utc) as its base,"
+            " or give delay=timedelta(…)."
+        )
+    # In another time zone, PostgreSQL's answer may be a year that Python does not know.
+    if not datetime.MINYEAR < moment.year < datetime.MAXYEAR:
+        raise ValueError(f"{name} is out of range: {moment!r}")

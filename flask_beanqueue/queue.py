@@ -1,0 +1,154 @@
+"""The queue of one database: its models, its statements, its place in the app's session."""
+
+from __future__ import annotations
+
+import contextlib
+import typing as t
+import uuid
+
+import sqlalchemy.orm as sa_orm
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy.engine import Connection
+from sqlalchemy.orm import Session
+
+from .claim import Claim, current_claim, current_task_id
+from .models import PROCESSING, Models, uuid7
+from .options import Options
+from .queries import Queries
+
+
+class Queue:
+    """What processors, the fence, the executor and the worker share of a :class:`BeanQueue`.
+
+    The database may come later than the processors do; until then, what needs it raises.
+    """
+
+    _db: SQLAlchemy | None = None
+    _models: Models | None = None
+    _queries: Queries | None = None
+
+    @property
+    def db(self) -> SQLAlchemy:
+        """The Flask-SQLAlchemy extension.
+
+        :raises RuntimeError: before it is known; likewise for all that follows.
+        """
+        if self._db is None:
+            raise RuntimeError(
+                "This BeanQueue does not know its database yet. Write BeanQueue(db=db), or use it"
+                " after bq.init_app(app)."
+            )
+        return self._db
+
+    @property
+    def models(self) -> Models:
+        """The three models."""
+        if self._models is None:
+            raise RuntimeError(
+                "The models are made with the database, which this BeanQueue does not know yet."
+                " Write BeanQueue(db=db) to have them at once, or use them after bq.init_app(app)."
+            )
+        return self._models
+
+    @property
+    def queries(self) -> Queries:
+        """The statements."""
+        if self._queries is None:
+            self._queries = Queries(self.models)
+        return self._queries
+
+    @property
+    def Task(self) -> t.Any:
+        """The model of the tasks."""
+        return self.models.task
+
+    @property
+    def Worker(self) -> t.Any:
+        """The model of the workers."""
+        return self.models.worker
+
+    @property
+    def Event(self) -> t.Any:
+        """The model of the events."""
+        return self.models.event
+
+    # In the session.
+
+    def connection(self, session: Session) -> Connection:
+        """The session's connection to the queue's own database, which may be a bind."""
+        return session.connection(bind_arguments={"mapper": self.Task})
+
+    def known_task(self, session: Session, task_id: uuid.UUID) -> t.Any:
+        """The task if the session has it already; the database is not asked."""
+        return session.identity_map.get(sa_orm.util.identity_key(self.Task, task_id))
+
+    def attach_task(self, claim: Claim) -> t.Any:
+        """Return the ``bq.Task`` of a claim in ``db.session``; what the claim did not bring loads
+        itself when it is asked for."""
+        session = self.db.session()
+        task = self.known_task(session, claim.id)
+        if task is None:
+            task = self.make_task(claim)
+            session.add(task)
+        return task
+
+    def make_task(
+        self,
+        claim: Claim,
+        *,
+        state: str = PROCESSING,
+        attempts: int | None = None,
+        error_message: str | None = None,
+    ) -> t.Any:
+        """Make the ``bq.Task`` of a claim without asking the database, in no session."""
+        task = self.Task(
+            id=claim.id,
+            state=state,
+            channel=claim.channel,
+            module=claim.module,
+            func_name=claim.func_name,
+            priority=claim.priority,
+            claims=claim.claims,
+            attempts=claim.attempts if attempts is None else attempts,
+            crashes=claim.crashes,
+        )
+        with contextlib.suppress(ValueError):
+            task.kwargs = claim.kwargs
+        if state != PROCESSING:
+            task.error_message = error_message
+        sa_orm.make_transient_to_detached(task)
+        return task
+
+    def injection(self, names: t.Iterable[str]) -> dict[str, t.Any]:
+        """The arguments that a processor is given beside its task's."""
+        claim = current_claim.get(None)
+        injected: dict[str, t.Any] = {}
+        for name in names:
+            if name == "db":
+                injected[name] = self.db.session()
+            elif name == "task":
+                injected[name] = None if claim is None else self.attach_task(claim)
+            else:
+                injected[name] = self.db.session.begin_nested()
+        return injected
+
+    def insert_many(
+        self, module: str, func_name: str, options: Options, kwargs: t.Sequence[str]
+    ) -> list[uuid.UUID]:
+        """Insert tasks with one statement, their arguments given as JSON; return their ids."""
+        ids = [uuid7() for _ in kwargs]
+        connection = self.connection(self.db.session())
+        parent_id = current_task_id()
+        self.queries.insert(
+            connection,
+            ids,
+            kwargs,
+            channel=options.channel,
+            module=module,
+            func_name=func_name,
+            priority=options.priority,
+            scheduled_at=options.scheduled_at,
+            delay=options.delay,
+            parent_id=parent_id and str(parent_id),
+        )
+        return ids

@@ -1,0 +1,181 @@
+"""The writer: which claims a worker holds, and how their outcomes get into the database."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+import typing as t
+
+import sqlalchemy as sa
+from flask import Flask
+from sqlalchemy.engine import Connection
+
+from . import outcome as outcomes
+from . import signals
+from .claim import Claim
+from .errors import is_lock_timeout, is_refusal
+from .log import log, reason
+from .models import PENDING
+from .outcome import Outcome
+from .queue import Queue
+
+#: Seconds that a statement waits for a row that somebody else has locked.
+LOCK_TIMEOUT = 0.1
+#: Seconds after which such rows are tried again.
+LOCKED_AGAIN = 1.0
+
+
+class Writer:
+    """Holds every claim until its outcome is written, and writes outcomes many at a time.
+
+    :param app: in whose contexts signals are sent, if anybody wants them.
+    :param batch_size: how many outcomes go into one statement, at most.
+    :param on_release: called when a claim is held no longer, with whether its task waits again.
+    """
+
+    def __init__(
+        self,
+        app: Flask,
+        queue: Queue,
+        batch_size: int,
+        on_release: t.Callable[[Claim, bool], None],
+    ) -> None:
+        self._app = app
+        self._queue = queue
+        self._batch_size = batch_size
+        self._on_release = on_release
+        #: Every claim whose outcome is not written yet.
+        self.held: set[Claim] = set()
+        #: Outcomes still to be written.
+        self._backlog: dict[Claim, Outcome] = {}
+        #: Those whose rows somebody else has locked, and when they are tried again.
+        self._locked: dict[Claim, Outcome] = {}
+        self._locked_until = 0.0
+        #: Claims whose outcome may have been written although the answer was lost.
+        self._unsure: set[Claim] = set()
+
+    @property
+    def next_try(self) -> float:
+        """When to write again: at once, or when rows that were locked are tried again."""
+        if self._backlog:
+            return 0.0
+        return self._locked_until if self._locked else float("inf")
+
+    @property
+    def free(self) -> int:
+        """How many claims are held whose rows are not known to be locked."""
+        return len(self.held) - len(self._locked)
+
+    @property
+    def undecided(self) -> list[Claim]:
+        """The claims that are held and of which no outcome is known."""
+        return [
+            claim for claim in self.held if claim not in self._backlog and claim not in self._locked
+        ]
+
+    def release(self, claim: Claim, *, waits: bool = False) -> None:
+        """Hold a claim no longer: there is nothing left to write of it."""
+        self._forget(claim)
+        self.held.discard(claim)
+        self._on_release(claim, waits)
+
+    def add(self, outcome: Outcome) -> None:
+        """Let an outcome be written with the next ones."""
+        self._forget(outcome.claim)
+        self._backlog[outcome.claim] = outcome
+
+    def give_back(self, claims: t.Iterable[Claim]) -> None:
+        """Let tasks wait again, uncounted."""
+        for claim in claims:
+            self.add(outcomes.given_back(claim))
+
+    def abandon_locked(self) -> int:
+        """Hold what is locked no longer, and return how many tasks that are: once this worker has
+        gone, another one makes them wait again."""
+        claims = list(self._locked)
+        for claim in claims:
+            self._forget(claim)
+            self.held.discard(claim)
+        return len(claims)
+
+    def write(self, connection: Connection) -> None:
+        """Write what there is to write. What fails stays to be written.
+
+        Nobody's lock holds this up: outcomes of rows that somebody else has locked are kept for
+        later.
+        """
+        if self._locked and time.monotonic() >= self._locked_until:
+            for outcome in self._unlocked(connection, list(self._locked.values())):
+                self.add(outcome)
+        while self._backlog:
+            first = next(iter(self._backlog.values()))
+            # One kind at a time goes into one statement, of which nothing is left if it fails.
+            same = (each for each in self._backlog.values() if each.is_plain == first.is_plain)
+            self._write_part(connection, list(itertools.islice(same, self._batch_size)))
+
+    def _write_part(
+        self, connection: Connection, part: list[Outcome], *, last_try: bool = False
+    ) -> None:
+        """Write outcomes together; where the database refuses one, the others without it."""
+        try:
+            written = outcomes.write(
+                self._queue.queries, connection, part, lock_timeout=LOCK_TIMEOUT
+            )
+        except sa.exc.DBAPIError as error:
+            self._unsure |= {outcome.claim for outcome in part}
+            if is_lock_timeout(error):
+                if unlocked := self._unlocked(connection, part):
+                    self._write_part(connection, unlocked, last_try=last_try)
+                return
+            if not is_refusal(error):
+                raise
+            if len(part) > 1:
+                for outcome in part:
+                    self._write_part(connection, [outcome])
+                return
+            [outcome] = part
+            log.error("%s: its outcome is refused: %s", outcome.claim.label, reason(error))
+            if last_try:
+                self.release(outcome.claim)
+            else:
+                self._write_part(connection, [outcomes.unwritable(outcome, error)], last_try=True)
+            return
+        ids = {outcome.claim.id for outcome in written}
+        for outcome in part:
+            self.release(outcome.claim, waits=outcome.state == PENDING)
+            if outcome.claim.id in ids:
+                self.announce(outcome)
+            elif outcome.claim not in self._unsure:
+                outcomes.lost(outcome.claim)
+            self._unsure.discard(outcome.claim)
+
+    def _unlocked(self, connection: Connection, part: list[Outcome]) -> list[Outcome]:
+        """Return those whose rows nobody has locked, and keep the others for later."""
+        ids = self._queue.queries.locked(connection, [outcome.claim.id for outcome in part])
+        for outcome in part:
+            claim = outcome.claim
+            if claim.id not in ids:
+                continue
+            if claim not in self._locked:
+                log.warning(
+                    "%s cannot be ended yet: another transaction keeps its row locked",
+                    claim.label,
+                    extra=claim.log_extra(),
+                )
+            self._forget(claim)
+            self._locked[claim] = outcome
+        self._locked_until = time.monotonic() + LOCKED_AGAIN
+        return [outcome for outcome in part if outcome.claim.id not in ids]
+
+    def _forget(self, claim: Claim) -> None:
+        self._backlog.pop(claim, None)
+        self._locked.pop(claim, None)
+
+    def announce(self, outcome: Outcome) -> None:
+        """Log a written outcome and send its signal, in an app context of its own."""
+        try:
+            with self._app.app_context() if signals.any_receivers() else contextlib.nullcontext():
+                outcomes.announce(self._app, self._queue, outcome)
+        except Exception:  # of a function that the app runs around its contexts
+            log.exception("The app context of a signal raised")
