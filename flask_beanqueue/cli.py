@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import logging
 import os
@@ -13,19 +14,24 @@ import typing as t
 import click
 import sqlalchemy as sa
 from flask import Flask, current_app
-from flask.cli import AppGroup, with_appcontext
+from flask.cli import AppGroup
 from flask.logging import default_handler
 from werkzeug._reloader import run_with_reloader  # what Flask's own run command uses
 
 from .arguments import ArgumentError
 from .config import ConfigError
+from .errors import sqlstate
 from .extension import BeanQueue
-from .log import log
+from .log import log, reason
 from .registry import import_packages
 from .supervisor import Supervisor
 from .worker import Worker, WorkerDied
 
-bq_cli = AppGroup("bq", help="Work on the task queue.")
+#: Error codes of PostgreSQL: there is no such table, or no such column; no such schema.
+UNDEFINED = ("42P01", "42703")
+UNDEFINED_SCHEMA = "3F000"
+
+bq_cli = AppGroup("bq", help="Run workers and make tasks.")
 
 
 def current() -> tuple[Flask, BeanQueue]:
@@ -39,7 +45,7 @@ def current() -> tuple[Flask, BeanQueue]:
     "-c",
     "--concurrency",
     type=click.IntRange(min=1),
-    help="Run N tasks at once, in threads.  [default: BQ_CONCURRENCY, or 4]",
+    help="Run N tasks at once in each process, in threads.  [default: BQ_CONCURRENCY]",
     metavar="N",
 )
 @click.option(
@@ -51,8 +57,12 @@ def current() -> tuple[Flask, BeanQueue]:
     help="Start N worker processes and replace those that die.",
     metavar="N",
 )
-@click.option("--burst", is_flag=True, help="Leave when no task is due.")
-@click.option("--name", help="What the worker is called.  [default: HOST-PID]", metavar="NAME")
+@click.option("--burst", is_flag=True, help="Do what is due now, then exit.")
+@click.option(
+    "--name",
+    help="What logs and the table of workers call it.  [default: HOST-PID]",
+    metavar="NAME",
+)
 @click.option("--reload", "reloads", is_flag=True, help="Start again when code changes.")
 @click.option("-v", "--verbose", is_flag=True, help="Log each task as it starts and ends.")
 def worker_command(
@@ -143,7 +153,6 @@ def forget_connections(app: Flask, bq: BeanQueue) -> None:
 
 
 @bq_cli.command("create-tables")
-@with_appcontext
 def create_tables_command() -> None:
     """Create the queue's tables, where they do not exist.
 
@@ -185,10 +194,18 @@ def create_tables_command() -> None:
     help="The task's arguments, as a JSON object.  [default: {}]",
     metavar="JSON",
 )
-@click.option("--priority", type=int, default=0, show_default=True, help="The smaller comes first.")
-@with_appcontext
+@click.option(
+    "--priority",
+    type=int,
+    default=0,
+    show_default=True,
+    help="The smaller comes first: -5 before 0.",
+)
 def submit_command(channel: str, module: str, func: str, kwargs: str, priority: int) -> None:
-    """Put a task into CHANNEL for the processor FUNC of MODULE, and print its id.
+    """Make a task and print its id.
+
+    The processor FUNC of MODULE does it. CHANNEL is where it waits; it may be another than the
+    processor's own, if a worker takes tasks from it.
 
     \b
     Example:
@@ -223,24 +240,25 @@ def submit_command(channel: str, module: str, func: str, kwargs: str, priority: 
     click.echo(task_id)
 
 
-class readable_errors:
-    """Turns what commonly goes wrong into a sentence."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: t.Any, error: BaseException | None, trace: t.Any) -> None:
-        if isinstance(error, sa.exc.ProgrammingError) and "does not exist" in str(error.orig):
-            first = str(error.orig).splitlines()[0]
-            raise click.ClickException(
-                f"{first}. Create the queue's tables with `flask bq create-tables`, or with a"
-                " migration."
-            ) from error
-        if isinstance(error, sa.exc.OperationalError):
-            reason = " ".join(str(error.orig).split())
-            raise click.ClickException(f"The database cannot be used: {reason}") from error
-        if isinstance(error, ConfigError):
-            raise click.ClickException(str(error)) from error
+@contextlib.contextmanager
+def readable_errors() -> t.Iterator[None]:
+    """Turn what commonly goes wrong into a sentence."""
+    try:
+        yield
+    except sa.exc.ProgrammingError as error:
+        problem = str(error.orig).splitlines()[0]
+        if sqlstate(error) == UNDEFINED_SCHEMA:
+            raise click.ClickException(f"{problem}. Create it first: CREATE SCHEMA …") from error
+        if sqlstate(error) not in UNDEFINED:
+            raise
+        raise click.ClickException(
+            f"{problem}. Create the queue's tables with"
+            " `flask bq create-tables`, or with a migration."
+        ) from error
+    except sa.exc.OperationalError as error:
+        raise click.ClickException(f"The database cannot be used: {reason(error)}") from error
+    except ConfigError as error:
+        raise click.ClickException(str(error)) from error
 
 
 def log_to_stderr(verbose: bool) -> None:

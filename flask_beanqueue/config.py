@@ -21,6 +21,35 @@ class ConfigError(ValueError):
     """A ``BQ_…`` setting holds something that the queue cannot use."""
 
 
+def _is_count(value: float) -> bool:
+    return value >= 1
+
+
+def _is_pause(value: float) -> bool:
+    return 0 < value <= LONGEST
+
+
+def _is_allowance(value: float) -> bool:
+    return 0 <= value < float("inf")
+
+
+_COUNT = (_is_count, "1 or more")
+_PAUSE = (_is_pause, f"a number of seconds above 0, at most {LONGEST:.0f}")
+_ALLOWANCE = (_is_allowance, "a number of seconds, 0 or more")
+
+#: What values a setting takes, and the words for them.
+LIMITS = {
+    "BATCH_SIZE": _COUNT,
+    "CONCURRENCY": _COUNT,
+    "MAX_CRASHES": _COUNT,
+    "POLL_TIMEOUT": _PAUSE,
+    "WORKER_HEARTBEAT_PERIOD": _PAUSE,
+    "WORKER_HEARTBEAT_TIMEOUT": _PAUSE,
+    "SHUTDOWN_TIMEOUT": _ALLOWANCE,
+    "UNKNOWN_GRACE": _ALLOWANCE,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Settings of one app's queue, from ``app.config["BQ_…"]``, else the environment, else here.
@@ -58,22 +87,10 @@ class Config:
     EVENT_MODEL: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("BATCH_SIZE", "CONCURRENCY", "MAX_CRASHES"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{PREFIX}{name} must be 1 or more.")
-        for name in ("WORKER_HEARTBEAT_PERIOD", "WORKER_HEARTBEAT_TIMEOUT"):
-            if not 0 < getattr(self, name) <= LONGEST:
-                raise ConfigError(
-                    f"{PREFIX}{name} must be a number of seconds above 0, at most {LONGEST:.0f}."
-                )
-        if self.POLL_TIMEOUT is not None and not 0 < self.POLL_TIMEOUT <= LONGEST:
-            raise ConfigError(
-                f"{PREFIX}POLL_TIMEOUT must be a number of seconds above 0, at most {LONGEST:.0f},"
-                " or unset."
-            )
-        for name in ("SHUTDOWN_TIMEOUT", "UNKNOWN_GRACE"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"{PREFIX}{name} must be a number of seconds, 0 or more.")
+        for name, (fits, what) in LIMITS.items():
+            value = getattr(self, name)
+            if value is not None and not fits(value):
+                raise ConfigError(f"{PREFIX}{name} must be {what}.")
         if self.WORKER_HEARTBEAT_TIMEOUT < 2 * self.WORKER_HEARTBEAT_PERIOD:
             raise ConfigError(
                 f"{PREFIX}WORKER_HEARTBEAT_TIMEOUT ({self.WORKER_HEARTBEAT_TIMEOUT:g} s) must be"

@@ -33,7 +33,7 @@ class Crew:
     :param size: how many threads.
     :param perform: runs a task; it must not raise.
     :param on_news: called from the threads when there is something to do for whoever watches:
-        nothing is left to begin, or many tasks are done.
+        nothing is left to begin, or the first of many tasks is done, or the last.
     :param many: how many tasks that is.
     """
 
@@ -117,5 +117,5 @@ class Crew:
             self._mean = mean + NEWEST * (ended - began - mean)
             self.done.append(Done(ended, claim, outcome))
             del self._began[number]
-            if self._ready.empty() or len(self.done) >= self._many:
+            if self._ready.empty() or len(self.done) in (1, self._many):
                 self._on_news()

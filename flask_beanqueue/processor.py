@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import inspect
 import typing as t
 import uuid
@@ -67,11 +68,11 @@ class Processor(t.Generic[P, R_co]):
             BaseException if retry_exceptions is None else retry_exceptions
         )
         self.auto_complete = auto_complete
+        if not hasattr(func, "__name__") or not hasattr(func, "__module__"):
+            raise TypeError(f"{func!r} has no name, by which its tasks could find it. Write a def.")
         self.module = func.__module__
         self.func_name = func.__name__
-        self.__name__ = func.__name__
-        self.__doc__ = func.__doc__
-        self.__wrapped__ = func
+        functools.update_wrapper(self, func)
         if not callable(func) or inspect.iscoroutinefunction(func):
             raise TypeError(
                 f"{self.name} is a coroutine function. A processor is an ordinary function;"
@@ -108,9 +109,18 @@ class Processor(t.Generic[P, R_co]):
     def __call__(self, /, *args: t.Any, **kwargs: t.Any) -> R_co:
         """Call the function, here and now. ``db``, ``task`` and ``savepoint`` are filled in as
         in a worker where they are not given; ``task`` is None outside of one."""
-        injected: dict[str, t.Any] = {}
-        if self.injected and not args:
-            injected = self.queue.injection(name for name in self.injected if name not in kwargs)
+        missing = [name for name in self.injected if name not in kwargs]
+        if args and missing:
+            # Positions count as in the function, or else as in run(), without what is filled in.
+            whole = inspect.signature(self.func)
+            try:
+                whole.bind(*args, **kwargs)
+                missing = []
+            except TypeError:
+                named = {name: kwargs.pop(name) for name in self.injected if name in kwargs}
+                kwargs = {**self.bind(args, kwargs), **named}
+                args = ()
+        injected = self.queue.injection(missing)
         with injected.get("savepoint") or contextlib.nullcontext():
             return self.func(*args, **injected, **kwargs)
 

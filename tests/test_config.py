@@ -99,10 +99,10 @@ def test_a_value_is_read_from_the_text_of_the_environment(
         ("CONCURRENCY", -1, "must be 1 or more"),
         ("MAX_CRASHES", 0, "must be 1 or more"),
         ("POLL_TIMEOUT", True, "must be a number of seconds or None, not True"),
-        ("POLL_TIMEOUT", 0, "above 0, .* or unset"),
-        ("POLL_TIMEOUT", float("inf"), "at most 1000000, or unset"),
-        ("POLL_TIMEOUT", float("nan"), "above 0, .* or unset"),
-        ("POLL_TIMEOUT", 3e6, "at most 1000000, or unset"),  # select() would refuse it
+        ("POLL_TIMEOUT", 0, "above 0, at most 1000000"),
+        ("POLL_TIMEOUT", float("inf"), "at most 1000000"),
+        ("POLL_TIMEOUT", float("nan"), "above 0, at most 1000000"),
+        ("POLL_TIMEOUT", 3e6, "at most 1000000"),  # select() would refuse it
         ("POLL_TIMEOUT", 10**400, "must be a number of seconds or None"),
         ("WORKER_HEARTBEAT_PERIOD", 0, "above 0"),
         ("WORKER_HEARTBEAT_TIMEOUT", float("inf"), "above 0"),

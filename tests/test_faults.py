@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from flask import Flask
 
 from .apps import faults
-from .probe import Probe, query
+from .probe import Probe, connect, query
 from .processes import Process, Processes
 
 APP = "tests.apps.faults"
@@ -249,6 +250,68 @@ def test_sigterm_on_top_of_ctrl_c_does_not_cut_tasks_short(
         open_gate()
     assert worker.wait() == 0
     assert effects(database_url) == ["one"]
+
+
+@contextlib.contextmanager
+def locked_row(url: str) -> Iterator[None]:
+    """Keep all tasks that there are locked, as an open transaction that changed them would."""
+    with contextlib.closing(connect(url)) as connection:
+        connection.autocommit = False
+        connection.cursor().execute("SELECT FROM bq_tasks FOR UPDATE")
+        yield
+
+
+def test_a_locked_row_stalls_no_other_task(
+    app: Flask, database_url: str, probe: Probe, processes: Processes
+) -> None:
+    worker = processes.worker(APP)
+    with probe.gate("no session") as open_gate:
+        faults.freeze_without_session.enqueue()
+        faults.db.session.commit()
+        probe.wait("no session")
+        with locked_row(database_url):
+            open_gate()
+            worker.wait_line("keeps its row locked")
+            faults.nothing.enqueue()
+            faults.db.session.commit()
+            probe.wait("nothing DONE")
+    probe.wait("freeze_without_session DONE")
+    assert rows(database_url, "state, claims, attempts") == [("DONE", 1, 1)] * 2
+    assert worker.stop() == 0
+
+
+def test_a_worker_leaves_although_a_row_is_locked(
+    app: Flask, database_url: str, probe: Probe, processes: Processes
+) -> None:
+    worker = processes.worker(APP, BQ_SHUTDOWN_TIMEOUT=0.5)
+    with probe.gate("no session") as open_gate:
+        faults.freeze_without_session.enqueue()
+        faults.db.session.commit()
+        probe.wait("no session")
+        with locked_row(database_url):
+            open_gate()
+            worker.wait_line("keeps its row locked")
+            assert worker.stop() == 0
+            assert rows(database_url, "state, attempts") == [("PROCESSING", 0)]
+    # The next worker does it again, and nobody has died of it.
+    processes.worker(APP, **HEARTBEAT)
+    probe.wait("freeze_without_session DONE")
+    assert rows(database_url, "claims, attempts, crashes") == [(2, 1, 0)]
+
+
+def test_a_worker_leaves_although_its_task_keeps_its_own_row_locked(
+    app: Flask, database_url: str, probe: Probe, processes: Processes
+) -> None:
+    worker = processes.worker(APP, BQ_SHUTDOWN_TIMEOUT=0.1)
+    with probe.gate("own row locked") as open_gate:
+        faults.lock_own_row.enqueue()
+        faults.db.session.commit()
+        probe.wait("own row locked")
+        assert worker.stop() == 0
+        open_gate()
+    processes.worker(APP, **HEARTBEAT)
+    probe.wait("lock_own_row DONE")
+    assert rows(database_url, "claims, attempts, crashes, priority") == [(2, 1, 0, 3)]
 
 
 def test_claimed_tasks_that_cannot_start_soon_are_given_back(

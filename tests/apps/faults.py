@@ -143,3 +143,11 @@ def fork() -> str:
         return "child"
     os.waitpid(pid, 0)
     return "parent"
+
+
+@bq.processor(channel="faults")
+def lock_own_row() -> None:
+    """Keeps its own row locked for as long as the test wants it to."""
+    current_task.priority = 3
+    db.session.flush()
+    pause("own row locked")
