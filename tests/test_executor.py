@@ -48,6 +48,52 @@ def test_effects_and_completion_are_committed_together(
     assert task.created_at <= task.started_at <= task.finished_at
 
 
+@pytest.mark.parametrize("how", ["change", "complete"])
+def test_a_commit_in_another_session_than_that_of_the_tasks_change_raises(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work, how: str
+) -> None:
+    """It would wait for ever for a lock that its own processor holds."""
+
+    @bq.processor()
+    def write(db: Any, task: Any) -> None:
+        if how == "complete":
+            bq.complete(task.id)
+        else:
+            task.priority = 3
+            db.flush()
+        with app.app_context():
+            bq.db.session.add(Note(text="elsewhere"))
+            bq.db.session.commit()
+
+    with app.app_context():
+        write.enqueue()
+        db.session.commit()
+    work()
+    task = only_task(app, bq)
+    assert task.state == "FAILED"
+    assert "changed its own task in another session" in task.error_message
+    assert texts(app, db, Note) == []
+
+
+def test_a_commit_in_another_session_after_that_of_the_tasks_change_is_fine(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work
+) -> None:
+    @bq.processor()
+    def write(db: Any, task: Any) -> None:
+        task.priority = 3
+        db.commit()
+        with app.app_context():
+            bq.db.session.add(Note(text="elsewhere"))
+            bq.db.session.commit()
+
+    with app.app_context():
+        write.enqueue()
+        db.session.commit()
+    work()
+    assert only_task(app, bq).state == "DONE"
+    assert texts(app, db, Note) == ["elsewhere"]
+
+
 @pytest.mark.parametrize("flushes", [False, True])
 def test_effects_and_completion_are_of_one_transaction(
     app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work, flushes: bool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -112,6 +113,55 @@ def test_after_an_outage_the_first_to_come_back_lets_the_others_beat(
         db.session.refresh(task)
         assert (task.state, task.crashes) == ("PROCESSING", 0)
         assert second.beat()
+
+
+def test_a_worker_that_starts_lets_the_others_beat_before_it_declares_any_dead(
+    app: Flask,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    make_heartbeat: MakeHeartbeat,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It may be the first to start after an outage that the others have survived."""
+    beaten = threading.Event()
+    beat = bq.queries.beat
+
+    def tell(*args: Any, **kwargs: Any) -> Any:
+        answer = beat(*args, **kwargs)
+        beaten.set()
+        return answer
+
+    with app.app_context():
+        first, second = make_heartbeat(), make_heartbeat()
+        fall_silent(db, bq, 60)
+        monkeypatch.setattr(bq.queries, "beat", tell)
+        first.start()  # it beats at once, and then after the heartbeat period
+        assert beaten.wait(60)
+        assert states(db, bq) == ["RUNNING", "RUNNING"]
+        assert second.beat()
+        first.stop()
+
+
+def test_a_refused_end_of_backends_does_not_keep_tasks_from_being_taken_over(
+    app: Flask,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    make_heartbeat: MakeHeartbeat,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuse(connection: Any) -> int:
+        raise sa.exc.ProgrammingError("SELECT", {}, Exception("permission denied for function"))
+
+    monkeypatch.setattr(bq.queries, "terminate", refuse)
+    with app.app_context():
+        task = bq.Task(module="m", name="f", state="PROCESSING", claims=1)
+        db.session.add(task)
+        db.session.commit()
+        assert make_heartbeat().beat()
+        db.session.refresh(task)
+        assert task.state == "PENDING"
+    assert "cannot be ended: permission denied" in caplog.text
 
 
 def test_tasks_that_somebody_has_locked_are_taken_over_later(

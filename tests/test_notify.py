@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
-from flask_beanqueue import BeanQueue
+from flask_beanqueue import BeanQueue, LimitAttempt
 
 from .probe import Probe, query
 
@@ -209,13 +209,19 @@ def test_notify_can_be_switched_off(
     def resize() -> None:
         pass
 
+    @bq.processor(channel="images", retry_policy=LimitAttempt(2))
+    def fail() -> None:
+        raise ValueError
+
     app = make_app(db, bq, BQ_NOTIFY=False)
     with app.app_context():
         resize.enqueue()
         resize.enqueue_many([{}])
+        fail.enqueue()
         db.session.commit()
+    bq.process_tasks(app=app, burst=True)
+    assert query(database_url, "SELECT attempts FROM bq_tasks ORDER BY 1") == [(1,), (1,), (2,)]
     assert heard(ears, database_url) == []
-    assert tasks(database_url) == 2
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import enum
+import functools
 import json
 import types
 import uuid
@@ -668,6 +669,27 @@ def test_a_plain_call_gets_the_session(app: Flask, db: SQLAlchemy, bq: BeanQueue
 
     with app.app_context():
         assert look(number=1) == (db.session(), None, True, 1)
+
+
+def test_a_plain_call_takes_positions_as_run_does(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue
+) -> None:
+    @bq.processor()
+    def look(db: Any, task: Any, number: int, plus: int = 0) -> Any:
+        return db, task, number + plus
+
+    with app.app_context():
+        session = db.session()
+        assert look(1) == (session, None, 1)
+        assert look(1, plus=1) == (session, None, 2)
+        assert look(1, task="given") == (session, "given", 1)
+        with pytest.raises(ArgumentError, match="too many positional arguments"):
+            look(1, 2, 3, 4, 5)
+
+
+def test_what_has_no_name_is_no_processor(bq: BeanQueue) -> None:
+    with pytest.raises(TypeError, match="has no name"):
+        bq.processor()(functools.partial(print, "x"))
 
 
 def test_a_plain_call_with_everything_given_needs_no_app(resize: Any) -> None:
