@@ -16,6 +16,10 @@ test: .venv/installed ## Run the tests, with coverage (ARGS="-k name" picks some
 	@$(RUN) tests.postgres --fast -- $(RUN) coverage run -m pytest $(ARGS); status=$$?; \
 	$(RUN) coverage combine --quiet; $(RUN) coverage report; exit $$status
 
+.PHONY: test-psycopg
+test-psycopg: .venv/installed ## Run the tests with psycopg 3, on PostgreSQL 16
+	@TEST_DRIVER=psycopg $(RUN) tests.postgres --fast --version 16 -- $(RUN) pytest $(ARGS)
+
 .PHONY: test-sqlalchemy20 test-lowest
 test-sqlalchemy20: ## Run the tests with SQLAlchemy 2.0
 test-lowest: ## Run the tests with the oldest releases that are supported
