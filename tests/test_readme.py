@@ -10,11 +10,14 @@ import signal
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
 
 from flask_beanqueue import Config
 from flask_beanqueue.cli import bq_cli
@@ -50,6 +53,15 @@ def load(path: Path) -> Any:
     module = types.ModuleType("app")
     exec(compile(path.read_text(), path, "exec"), module.__dict__)
     return module
+
+
+@contextlib.contextmanager
+def context(app: Flask, db: SQLAlchemy) -> Iterator[None]:
+    """An app context; closes the connections after it, when its session has given its own back."""
+    with app.app_context():
+        yield
+    with app.app_context():
+        db.engine.dispose()
 
 
 def shell(script: str, folder: Path) -> str:
@@ -133,7 +145,7 @@ def test_the_tutorial_runs(app_py: Path, tmp_path: Path, database_url: str) -> N
 def test_the_ways_to_make_tasks_work(app_py: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = load(app_py)
     [code] = blocks("python", "Making tasks")
-    with module.app.app_context():
+    with context(module.app, module.db):
         module.db.create_all()
         module.db.session.add_all([module.Order(item="tea"), module.Order(item="cake")])
         module.db.session.commit()
@@ -146,14 +158,13 @@ def test_the_ways_to_make_tasks_work(app_py: Path, monkeypatch: pytest.MonkeyPat
         assert module.db.session.scalar(done) == 6  # two are for later
         module.db.session.rollback()
         assert module.db.session.scalars(sa.select(module.Order.packed)).all() == [True, True]
-        module.db.engine.dispose()
 
 
 def test_the_ways_to_do_tasks_work(app_py: Path) -> None:
     module = load(app_py)
     [code] = blocks("python", "Doing tasks")
     exec(code, module.__dict__)
-    with module.app.app_context():
+    with context(module.app, module.db):
         module.db.create_all()
         shipped, paid = module.ship.enqueue(order_id=1), module.pay.enqueue(order_id=1)
         module.db.session.commit()
@@ -164,7 +175,6 @@ def test_the_ways_to_do_tasks_work(app_py: Path) -> None:
         module.bq.complete(paid.id)
         module.db.session.commit()
         assert paid.state == "DONE"
-        module.db.engine.dispose()
 
 
 @pytest.mark.parametrize("source", ["README.md", "docs/own-tables.md"])
@@ -190,12 +200,11 @@ def test_own_tables_work(
             pass
 
         app = module.create_app()
-        with app.app_context():
+        with context(app, module.db):
             module.db.create_all()
             pack.enqueue()
             module.db.session.commit()
             module.bq.process_tasks(burst=True)
-            module.db.engine.dispose()
         assert query(
             database_url,
             "SELECT task.state, worker.state FROM task JOIN worker ON worker.id = worker_id",
