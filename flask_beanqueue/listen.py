@@ -42,6 +42,7 @@ class Listener:
         self._engine = engine
         self._names = [notify_name(channel) for channel in channels]
         self._connection: t.Any = None
+        self._failing = False
         self.next_try = 0.0
 
     @property
@@ -62,9 +63,14 @@ class Listener:
                 for name in self._names:
                     quoted = name.replace('"', '""')
                     cursor.execute(f'LISTEN "{quoted}"')
+            if self._failing:
+                log.info("The worker LISTENs again")
+            self._failing = False
             return True
         except Exception as error:
-            log.warning("LISTEN fails, polling meanwhile: %s", reason(error))
+            if not self._failing:
+                log.warning("LISTEN fails, polling meanwhile: %s", reason(error))
+            self._failing = True
             self.close()
             self.next_try = time.monotonic() + RETRY_AFTER
             return False

@@ -409,10 +409,14 @@ class Worker:
         return timeout
 
     def _listen(self) -> None:
-        """LISTEN, if that is not so; then look for what came before."""
-        if self.config.LISTEN and not self._stopping and self._listener.listen():
+        """LISTEN, if that is not so, and look for what came before; poll where it cannot be had."""
+        if not self.config.LISTEN or self._stopping or self._listener.listens:
+            return
+        if self._listener.listen():
             self._marks.look_soon()
             self._ask_again()
+        else:
+            self._quiet_until = min(self._quiet_until, time.monotonic() + LISTEN_LOST)
 
     # Losing the database.
 

@@ -48,14 +48,17 @@ class Process:
     def output(self) -> str:
         return "".join(self._lines)
 
-    def wait_line(self, text: str, timeout: float = 60) -> str:
-        """Wait for a line of output that holds a text, and return it."""
+    def wait_line(self, text: str, timeout: float = 60, *, times: int = 1) -> str:
+        """Wait for a line of output that holds a text, and return it.
+
+        :param times: how many such lines there have to be.
+        """
         deadline = time.monotonic() + timeout
         with self._changed:
             while True:
-                for line in self._lines:
-                    if text in line:
-                        return line
+                lines = [line for line in self._lines if text in line]
+                if len(lines) >= times:
+                    return lines[-1]
                 left = deadline - time.monotonic()
                 if left <= 0 or not self._reader.is_alive():
                     raise AssertionError(f"{text!r} did not come in:\n{self.output}")

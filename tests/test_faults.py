@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import signal
 from collections.abc import Iterator
 from typing import Any
 
 import psutil
 import pytest
+import sqlalchemy as sa
 from flask import Flask
 
 from .apps import faults
@@ -335,6 +337,17 @@ def test_claimed_tasks_that_cannot_start_soon_are_given_back(
     assert worker.stop() == 0
 
 
+def terminate(url: str, database: str | None, statement: str = "") -> None:
+    """End the workers' backends whose last statement begins so."""
+    query(
+        url,
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE application_name LIKE 'beanqueue %%' AND datname = %s AND query LIKE %s",
+        database,
+        f"{statement}%",
+    )
+
+
 def test_a_worker_survives_the_loss_of_all_its_connections(
     app: Flask, database_url: str, probe: Probe, processes: Processes
 ) -> None:
@@ -342,21 +355,82 @@ def test_a_worker_survives_the_loss_of_all_its_connections(
     faults.number.enqueue(number=1)
     faults.db.session.commit()
     probe.wait("number DONE")
-    for number in (2, 3):
-        query(
-            database_url,
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-            " WHERE application_name LIKE 'beanqueue %%' AND datname = current_database()"
-            if number == 2
-            else "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-            " WHERE query LIKE 'LISTEN%%' AND datname = current_database()"
-            " AND application_name LIKE 'beanqueue %%'",
-        )
+    for number, lost in ((2, ""), (3, "LISTEN")):
+        terminate(database_url, sa.make_url(database_url).database, lost)
         faults.number.enqueue(number=number)
         faults.db.session.commit()
         probe.wait("number DONE")
     assert effects(database_url) == ["1", "2", "3"]
     assert worker.stop() == 0
+
+
+@contextlib.contextmanager
+def outage(server_url: str, database_url: str, lost: str = "") -> Iterator[None]:
+    """The database takes no connections, and the worker has lost those whose last statement begins
+    so."""
+    name = sa.make_url(database_url).database
+    query(server_url, f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS false')
+    terminate(server_url, name, lost)
+    try:
+        yield
+    finally:
+        query(server_url, f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS true')
+
+
+def test_a_worker_waits_until_the_database_is_back(
+    app: Flask, server_url: str, database_url: str, probe: Probe, processes: Processes
+) -> None:
+    worker = processes.worker(APP)
+    with probe.gate("waiting 1") as open_gate:
+        faults.wait.enqueue(name="1")
+        faults.number.using(delay=datetime.timedelta(seconds=1)).enqueue(number=2)
+        faults.db.session.commit()
+        probe.wait("waiting 1")
+        with outage(server_url, database_url):
+            for times in (1, 2, 3):
+                worker.wait_line("is tried again", times=times)
+            open_gate()
+        probe.wait("wait DONE")
+    probe.wait("number DONE")
+    assert effects(database_url) == ["1", "2"]
+    assert worker.stop() == 0
+
+
+def test_a_worker_that_cannot_listen_polls_meanwhile(
+    app: Flask, server_url: str, database_url: str, probe: Probe, processes: Processes
+) -> None:
+    worker = processes.worker(APP, BQ_POLL_TIMEOUT=3600)
+    with outage(server_url, database_url, lost="LISTEN"):
+        worker.wait_line("LISTEN fails")
+        faults.nothing.enqueue()
+        faults.db.session.commit()
+        probe.wait("nothing DONE")
+    worker.wait_line("LISTENs again")
+    assert worker.output.count("LISTEN fails") == 1
+    assert worker.stop() == 0
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_a_worker_leaves_although_the_database_is_away(
+    app: Flask, server_url: str, database_url: str, probe: Probe, processes: Processes, busy: bool
+) -> None:
+    worker = processes.worker(APP, BQ_SHUTDOWN_TIMEOUT=0.5, **HEARTBEAT)
+    with probe.gate("waiting 1") as open_gate:
+        if busy:
+            faults.wait.enqueue(name="1")
+            faults.db.session.commit()
+            probe.wait("waiting 1")
+        with outage(server_url, database_url):
+            worker.wait_line("is tried again")
+            worker.send(signal.SIGTERM)
+            worker.wait_line("could not say goodbye")
+        open_gate()
+    assert worker.wait() == 0
+    if busy:
+        other = processes.worker(APP, **HEARTBEAT)
+        probe.wait("wait DONE")
+        assert effects(database_url) == ["1"]
+        assert other.stop() == 0
 
 
 def test_a_process_that_dies_is_replaced(
