@@ -67,6 +67,14 @@ def running(app: Flask, bq: BeanQueue, *channels: str, **options: Any) -> Iterat
         assert not thread.is_alive()
 
 
+def wait_until(db: SQLAlchemy, condition: Callable[[], bool]) -> None:
+    """Wait until what is committed is as it should be."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        db.session.rollback()
+
+
 class Log(list[Any]):
     """What processors did, with a way to wait for it."""
 
@@ -364,6 +372,63 @@ def test_a_task_that_was_in_a_crash_does_not_stop_the_queue_behind_a_long_one(
     assert -1 in log
 
 
+def test_a_task_that_was_in_a_crash_gives_way_to_others_and_is_done_in_the_end(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits beside a long task, is given back, and comes again when it can be alone."""
+    monkeypatch.setattr("flask_beanqueue.suspect.REST", 2)
+    gate = threading.Event()
+
+    @bq.processor()
+    def long() -> None:
+        log.add("long")
+        gate.wait(60)
+
+    with app.app_context(), running(app, bq, concurrency=2):
+        long.enqueue()
+        db.session.commit()
+        log.wait(1)
+        suspect = note.run(number=-1)
+        suspect.crashes = 1
+        db.session.add(suspect)
+        db.session.commit()
+        wait_until(db, lambda: (suspect.claims, suspect.state) == (1, "PENDING"))
+        note.enqueue(number=1)
+        db.session.commit()
+        log.wait(2)
+        assert log == ["long", 1]
+        gate.set()
+        log.wait(3)
+        assert log == ["long", 1, -1]
+        wait_until(db, lambda: suspect.state == "DONE")
+
+
+def test_a_worker_that_leaves_gives_back_a_task_that_waits_to_be_alone(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flask_beanqueue.suspect.PATIENCE", 60)
+    gate = threading.Event()
+
+    @bq.processor()
+    def long() -> None:
+        log.add("long")
+        gate.wait(60)
+
+    with app.app_context(), running(app, bq, concurrency=2) as worker:
+        long.enqueue()
+        db.session.commit()
+        log.wait(1)
+        suspect = note.run(number=-1)
+        suspect.crashes = 1
+        db.session.add(suspect)
+        db.session.commit()
+        wait_until(db, lambda: suspect.state == "PROCESSING")
+        worker.stop()
+        wait_until(db, lambda: suspect.state == "PENDING")
+        gate.set()
+    assert log == ["long"]
+
+
 def test_what_was_given_back_is_as_it_was(
     app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log
 ) -> None:
@@ -382,10 +447,7 @@ def test_what_was_given_back_is_as_it_was(
         again.error_message, again.attempts = "the last time", 1
         db.session.add(again)
         db.session.commit()
-        deadline = time.monotonic() + 30
-        while (again.claims, again.state) != (1, "PENDING"):
-            assert time.monotonic() < deadline
-            db.session.rollback()
+        wait_until(db, lambda: (again.claims, again.state) == (1, "PENDING"))
         assert (again.error_message, again.attempts) == ("the last time", 1)
         gate.set()
         log.wait(2)
