@@ -1,0 +1,55 @@
+"""The marks, without a database."""
+
+from __future__ import annotations
+
+import uuid
+
+from flask_beanqueue.claim import Claim
+from flask_beanqueue.marks import MANY_LEVELS, NIL, Front, Look, Marks
+
+
+def look(*priorities: int, at: float = 1.0) -> Look:
+    """What a look finds: a task that is due in each of these levels."""
+    fronts = [Front("default", priority, at, uuid.UUID(int=9), -1.0) for priority in priorities]
+    return Look(fronts, None, False)
+
+
+def test_a_new_priority_gets_a_level_and_comes_in_its_order() -> None:
+    marks = Marks(["default"])
+    assert marks.seen(look(5, -1, 0), 0.0)
+    assert [level.priority for level in marks.turn()] == [-1, 0, 5]
+
+
+def test_levels_where_nothing_waits_are_forgotten_once_there_are_many() -> None:
+    marks = Marks(["default"])
+    marks.seen(look(*range(MANY_LEVELS + 1)), 0.0)
+    assert len(marks.turn()) == MANY_LEVELS + 1
+    marks.seen(look(), 0.0)
+    assert len(marks.turn()) > 0
+    marks.seen(look(7, 8), 0.0)
+    assert [level.priority for level in marks.turn()] == [7, 8]
+
+
+def test_a_mark_goes_back_for_what_it_has_passed_and_then_returns() -> None:
+    marks = Marks(["default"])
+    marks.seen(look(0), 0.0)
+    [level] = marks.turn()
+    level.mark = last = (5.0, uuid.UUID(int=1))
+    marks.seen(look(0, at=2.0), 0.0)
+    assert level.mark == (2.0, NIL)
+    marks.passed([], wanted=1)
+    assert level.mark == last
+
+
+def test_channels_of_one_priority_come_first_in_turn() -> None:
+    marks = Marks(["a", "b", "c"])
+    assert {marks.turn()[0].channel for _ in range(3)} == {"a", "b", "c"}
+
+
+def test_claims_move_the_mark_of_their_own_level_only() -> None:
+    claim = Claim("(0,1)", uuid.UUID(int=1), 1, "default", "app", "f", "{}", 0, 3.0, 0, 0, None)
+    marks = Marks(["default", "other"])
+    marks.passed([claim], wanted=1)
+    levels = {level.channel: level.mark for level in marks.turn()}
+    assert levels[claim.channel] == (claim.scheduled_at, claim.id)
+    assert levels["other"] < (0.0, NIL)
