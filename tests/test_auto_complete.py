@@ -443,6 +443,34 @@ def test_a_processor_that_raises_after_it_completed_has_failed(
     assert row("state, error_message") == ("FAILED", "ValueError: no good")
 
 
+def test_what_a_processor_raises_after_it_committed_its_end_is_logged_and_changes_nothing(
+    app: Flask,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    Note: Any,
+    work: Work,
+    row: Any,
+    caplog: pytest.LogCaptureFixture,
+    database_url: str,
+) -> None:
+    @bq.processor()
+    def order() -> None:
+        bq.complete(current_task.id, result="completed")
+        db.session.commit()
+        db.session.add(Note(text="after"))
+        db.session.flush()
+        raise ValueError("no good")
+
+    with app.app_context():
+        order.enqueue()
+        db.session.commit()
+    work()
+    assert row("state, result, error_message") == ("DONE", "completed", None)
+    assert query(database_url, "SELECT text FROM note") == []
+    assert "raised after its end" in caplog.text
+    assert "no good" in caplog.text
+
+
 def test_a_processor_whose_claim_is_lost_cannot_end_its_task(
     app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work, row: Any
 ) -> None:

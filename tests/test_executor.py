@@ -608,9 +608,16 @@ class Endless(Exception):
         sys.exit("in __str__")
 
 
+class Unformattable(Exception):
+    @property
+    def __notes__(self) -> list[str]:
+        raise ZeroDivisionError
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
+        (Unformattable("mail"), "Unformattable: mail"),
         (Unprintable(), "Unprintable: (its message cannot be read: ZeroDivisionError)"),
         (Endless(), "Endless: (its message cannot be read: SystemExit)"),
         (ValueError("a\0b"), "ValueError: a\\0b"),
