@@ -1,6 +1,8 @@
 # The oldest Python that is supported, if it is there. `make test PYTHON=python3.13` picks another.
 PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || echo python3)
 RUN = .venv/bin/python -m
+# How many processes the tests run in. `make test JOBS=` runs them in one, as a debugger wants it.
+JOBS ?= --numprocesses 2
 
 .PHONY: help
 help: ## Show this help
@@ -13,18 +15,18 @@ demo: .venv/installed ## Run the example app and a worker; Ctrl-C ends both (POR
 .PHONY: test
 test: .venv/installed ## Run the tests, with coverage (ARGS="-k name" picks some)
 	@$(RUN) coverage erase
-	@$(RUN) tests.postgres --fast -- $(RUN) coverage run -m pytest $(ARGS); status=$$?; \
+	@$(RUN) tests.postgres --fast -- $(RUN) coverage run -m pytest $(JOBS) $(ARGS); status=$$?; \
 	$(RUN) coverage combine --quiet; $(RUN) coverage report; exit $$status
 
 .PHONY: test-psycopg
 test-psycopg: .venv/installed ## Run the tests with psycopg 3, on PostgreSQL 16
-	@TEST_DRIVER=psycopg $(RUN) tests.postgres --fast --version 16 -- $(RUN) pytest $(ARGS)
+	@TEST_DRIVER=psycopg $(RUN) tests.postgres --fast --version 16 -- $(RUN) pytest $(JOBS) $(ARGS)
 
 .PHONY: test-sqlalchemy20 test-lowest
 test-sqlalchemy20: ## Run the tests with SQLAlchemy 2.0
 test-lowest: ## Run the tests with the oldest releases that are supported
 test-sqlalchemy20 test-lowest: test-%: .venv-%/installed
-	@.venv-$*/bin/python -m tests.postgres --fast -- .venv-$*/bin/python -m pytest $(ARGS)
+	@.venv-$*/bin/python -m tests.postgres --fast -- .venv-$*/bin/python -m pytest $(JOBS) $(ARGS)
 
 .PHONY: bench
 bench: .venv/installed ## Measure speed, wake-ups and idleness beside bare loops

@@ -38,18 +38,25 @@ def with_driver(url: str) -> str:
     return f"postgresql+{driver}://{url.partition('://')[2]}"
 
 
+@pytest.fixture(scope="session")
+def own_databases(server_url: str) -> Iterator[list[str]]:
+    """The two databases of this test process."""
+    with postgres.database(server_url) as first, postgres.database(server_url) as second:
+        yield [first, second]
+
+
 @pytest.fixture
-def database_url(server_url: str) -> Iterator[str]:
+def database_url(own_databases: list[str]) -> Iterator[str]:
     """An empty database; TEST_DRIVER=psycopg reaches it with psycopg 3."""
-    with postgres.database(server_url) as url:
-        yield with_driver(url)
+    yield with_driver(own_databases[0])
+    postgres.empty(own_databases[0])
 
 
 @pytest.fixture
-def other_database_url(server_url: str) -> Iterator[str]:
+def other_database_url(own_databases: list[str]) -> Iterator[str]:
     """A second one."""
-    with postgres.database(server_url) as url:
-        yield with_driver(url)
+    yield with_driver(own_databases[1])
+    postgres.empty(own_databases[1])
 
 
 MakeApp = Callable[..., Flask]

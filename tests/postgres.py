@@ -4,8 +4,8 @@ As a command, it runs another one with ``DATABASE_URL`` set::
 
     python -m tests.postgres [--fast] [--data DIR] [--version 16|18] -- COMMAND [ARG ...]
 
-A ``DATABASE_URL`` that is set already is used as it is. As a module, it has :func:`server` and
-:func:`database`.
+A ``DATABASE_URL`` that is set already is used as it is. As a module, it has :func:`server`,
+:func:`database` and :func:`empty`.
 """
 
 import argparse
@@ -104,6 +104,29 @@ def database(url: str) -> Iterator[str]:
         yield urllib.parse.urlsplit(url)._replace(path=f"/{name}").geturl()
     finally:
         _execute(url, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+def empty(url: str) -> None:
+    """Make a database as new: end who uses it, and drop what is in it."""
+    _execute(
+        url,
+        """
+        DO $$
+        DECLARE name text;
+        BEGIN
+            PERFORM pg_terminate_backend(pid, 10000) FROM pg_stat_activity
+            WHERE datname = current_database() AND pid <> pg_backend_pid();
+            FOR name IN SELECT nspname FROM pg_namespace
+                WHERE nspname !~ '^pg_' AND nspname <> 'information_schema'
+            LOOP
+                EXECUTE format('DROP SCHEMA %I CASCADE', name);
+            END LOOP;
+            CREATE SCHEMA public;
+            GRANT USAGE ON SCHEMA public TO PUBLIC;
+            EXECUTE format('ALTER DATABASE %I RESET ALL', current_database());
+        END $$
+        """,
+    )
 
 
 def _install(version: int) -> Path:

@@ -580,7 +580,9 @@ def test_a_failing_commit_fails_the_task(
 
 
 @pytest.mark.parametrize(
-    "result", [object(), float("nan"), "\0", "\ud800", {"a": {1, 2}}], ids=repr
+    "result",
+    [object(), float("nan"), "\0", "\ud800", {"a": {1, 2}}],
+    ids=["object", "NaN", "U+0000", "surrogate", "set"],
 )
 def test_a_result_that_cannot_be_stored_is_left_out(
     app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work, result: Any, caplog: Any
