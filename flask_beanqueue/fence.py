@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from . import outcome as outcomes
 from .claim import Claim, ClaimLost, current_claim
-from .models import PROCESSING
+from .models import PENDING, PROCESSING
 from .outcome import Outcome
 from .queue import Queue
 
@@ -73,21 +73,46 @@ def guard(queue: Queue, session: Session, claim: Claim) -> None:
     """Lock the task's row for the session's commit.
 
     :raises ClaimLost: if the task is another worker's by now, or somebody else has ended it.
-    :raises RuntimeError: if another session of the same processor has changed the row and keeps
-        it locked: this one would wait for ever.
+    :raises RuntimeError: as :func:`refuse_other_session` does.
     """
     session.flush()
+    refuse_other_session(session, claim)
+    state = queue.queries.hold(queue.connection(session), claim)
+    if state is None or ended_in(session, claim) == (state == PROCESSING):
+        raise ClaimLost(LOST)
+
+
+def refuse_other_session(session: Session, claim: Claim) -> None:
+    """Refuse to wait for a lock that the processor itself holds.
+
+    :raises RuntimeError: if another session has changed the task's row and is not through yet.
+    """
     other = claim.changed_in
     if other is not None and other.is_active and other is not session.get_transaction():
         raise RuntimeError(
             f"{claim.label} has changed its own task in another session, which is not committed yet"
-            " and keeps the row locked, so this commit cannot be checked against the claim. Commit"
+            " and keeps the row locked, so this session cannot be checked against the claim. Commit"
             " the other session first, or use one session (one app context) for both."
         )
+
+
+def take_state(queue: Queue, session: Session, claim: Claim, task: t.Any) -> None:
+    """A processor sets its task's state: it must still be its own to set, and is an attempt.
+
+    :raises ClaimLost: if the task is another worker's by now, or somebody else has ended it.
+    """
     state = queue.queries.hold(queue.connection(session), claim)
     ended = claim.settled or ended_in(session, claim)
-    if state is None or ended == (state == PROCESSING):
+    if state is None or (state != PROCESSING and not ended):
         raise ClaimLost(LOST)
+    if claim.settled:
+        return
+    over = task.state != PROCESSING  # or the processor has taken back what it set before
+    task.attempts = claim.attempts + over
+    task.finished_at = (
+        sa.func.clock_timestamp() if task.state not in (PENDING, PROCESSING) else None
+    )
+    claim.ended_in = innermost(session) if over else None
 
 
 def listen_session(queue: Queue) -> None:
@@ -105,9 +130,10 @@ def listen_session(queue: Queue) -> None:
         task = queue.known_task(session, claim.id)
         if task is None or not session.is_modified(task):
             return
-        claim.changed_in = session.get_transaction()
+        refuse_other_session(session, claim)
         if sa.inspect(task).attrs.state.history.has_changes():
-            claim.ended_in = None if task.state == PROCESSING else innermost(session)
+            take_state(queue, session, claim, task)
+        claim.changed_in = session.get_transaction()
 
     def before_commit(session: Session) -> None:
         # A processor commits by itself: fence that commit, too.
@@ -118,7 +144,9 @@ def listen_session(queue: Queue) -> None:
             session.flush()
             if claim.ended_in is savepoint:
                 claim.ended_in = savepoint.parent
-        elif session.get_transaction() is not claim.fenced_in and used(session, claim):
+        elif session.get_transaction() is claim.fenced_in or claim.settled:
+            pass  # the fence has been written, or the task has ended and this comes after it
+        elif used(session, claim):
             guard(queue, session, claim)
 
     def after_commit(session: Session) -> None:

@@ -1,0 +1,192 @@
+"""What the fence lets through, and what it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+
+from flask_beanqueue import BeanQueue, current_task
+
+Work = Callable[..., None]
+
+
+def texts(app: Flask, db: SQLAlchemy, Note: Any) -> list[str]:
+    with app.app_context():
+        return list(db.session.scalars(sa.select(Note.text).order_by(Note.id)))
+
+
+def only_task(app: Flask, bq: BeanQueue) -> Any:
+    with app.app_context():
+        return bq.db.session.scalars(sa.select(bq.Task)).one()
+
+
+def set_state(app: Flask, bq: BeanQueue, state: str) -> None:
+    """As somebody else does, past the processor's session."""
+    with bq.engine(app).begin() as connection:
+        connection.execute(sa.update(bq.Task.__table__).values(state=state))
+
+
+@pytest.mark.parametrize("state", ["CANCELLED", "FAILED", "PENDING"])
+@pytest.mark.parametrize("commits", [False, True])
+def test_a_state_that_somebody_else_has_set_is_not_overwritten_by_the_processors(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work, state: str, commits: bool
+) -> None:
+    runs = []
+
+    @bq.processor()
+    def decide(db: Any, task: Any) -> None:
+        runs.append(task.claims)
+        if len(runs) > 1:
+            return
+        db.add(Note(text="never"))
+        set_state(app, bq, state)
+        task.state = "DONE"
+        if commits:
+            db.commit()
+
+    with app.app_context():
+        decide.enqueue()
+        db.session.commit()
+    work()
+    assert texts(app, db, Note) == []
+    assert only_task(app, bq).state == ("DONE" if state == "PENDING" else state)
+    assert runs == ([1, 2] if state == "PENDING" else [1])
+
+
+@pytest.mark.parametrize(
+    ("state", "ends"), [("DONE", True), ("FAILED", True), ("CANCELLED", True), ("PENDING", False)]
+)
+@pytest.mark.parametrize("auto_complete", [False, True])
+def test_a_state_that_a_processor_sets_counts_as_an_attempt(
+    app: Flask,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    work: Work,
+    state: str,
+    ends: bool,
+    auto_complete: bool,
+) -> None:
+    @bq.processor(auto_complete=auto_complete)
+    def decide(db: Any, task: Any) -> None:
+        if task.claims == 1:
+            task.state = state
+
+    with app.app_context():
+        decide.enqueue()
+        db.session.commit()
+    work()
+    task = only_task(app, bq)
+    if ends:
+        assert (task.state, task.attempts) == (state, 1)
+        assert task.finished_at >= task.started_at
+    else:
+        assert (task.claims, task.attempts) == (2, 2)
+        assert (task.finished_at is not None) == auto_complete
+
+
+@pytest.mark.parametrize("commits", [False, True])
+def test_a_state_that_a_processor_takes_back_is_none(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work, commits: bool
+) -> None:
+    @bq.processor()
+    def decide(db: Any, task: Any) -> str:
+        task.state = "CANCELLED"
+        db.flush()
+        task.state = "PROCESSING"
+        db.add(Note(text="kept"))
+        if commits:
+            db.commit()
+        return "ended"
+
+    with app.app_context():
+        decide.enqueue()
+        db.session.commit()
+    work()
+    assert texts(app, db, Note) == ["kept"]
+    task = only_task(app, bq)
+    assert (task.state, task.result, task.attempts) == ("DONE", "ended", 1)
+    assert task.finished_at is not None
+
+
+def test_a_state_may_be_set_twice(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work
+) -> None:
+    @bq.processor()
+    def decide(db: Any, task: Any) -> None:
+        task.state = "FAILED"
+        db.flush()
+        task.state = "CANCELLED"
+        db.add(Note(text="kept"))
+
+    with app.app_context():
+        decide.enqueue()
+        db.session.commit()
+    work()
+    assert texts(app, db, Note) == ["kept"]
+    task = only_task(app, bq)
+    assert (task.state, task.attempts) == ("CANCELLED", 1)
+
+
+@pytest.mark.parametrize("auto_complete", [False, True])
+@pytest.mark.parametrize("uses_session", [False, True])
+def test_what_a_teardown_function_commits_after_the_tasks_end_is_kept(
+    make_app: Any,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    Note: Any,
+    auto_complete: bool,
+    uses_session: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    @bq.processor(auto_complete=auto_complete)
+    def order(db: Any) -> None:
+        if uses_session:
+            db.add(Note(text="ordered"))
+
+    app = make_app(db, bq)
+
+    @app.teardown_appcontext
+    def tidy(error: Any) -> None:
+        if current_task:
+            db.session.add(Note(text="tidied"))
+            db.session.commit()
+
+    with app.app_context():
+        order.enqueue()
+        db.session.commit()
+        task_id = db.session.scalars(sa.select(bq.Task.id)).one()
+        bq.worker(app=app, burst=True).run()
+        expected = (["ordered"] if uses_session else []) + ["tidied"]
+        assert list(db.session.scalars(sa.select(Note.text).order_by(Note.id))) == expected
+        task: Any = db.session.get(bq.Task, task_id)
+        state = "DONE" if auto_complete else "PROCESSING"
+        assert (task.state, task.parked, task.attempts) == (state, not auto_complete, 1)
+    assert "Traceback" not in caplog.text
+
+
+def test_a_state_set_in_another_session_than_that_of_a_change_raises(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work
+) -> None:
+    """It would wait for ever for a lock that its own processor holds."""
+
+    @bq.processor()
+    def decide(db: Any, task: Any) -> None:
+        task.priority = 3
+        db.flush()
+        with app.app_context():
+            other: Any = bq.db.session.get(bq.Task, task.id)
+            other.state = "CANCELLED"
+            bq.db.session.commit()
+
+    with app.app_context():
+        decide.enqueue()
+        db.session.commit()
+    work()
+    task = only_task(app, bq)
+    assert task.state == "FAILED"
+    assert "changed its own task in another session" in task.error_message
