@@ -33,8 +33,11 @@ class Claim:
     scheduled_at: float
     attempts: int
     crashes: int
+    interruptions: int
     #: Seconds for which workers have met this task without knowing its processor.
     unknown_for: float | None
+    #: What the driver raised when connections to the queue's database were lost meanwhile.
+    losses: tuple[BaseException, ...] = ()
     #: A transaction of ``db.session`` has reached the database.
     began: bool = False
     #: The session's transaction that has changed the task's row last, and so may keep it locked.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import typing as t
+
 import sqlalchemy as sa
 
 #: What a worker's loop survives.
@@ -27,9 +29,16 @@ def is_lock_timeout(error: sa.exc.DBAPIError) -> bool:
     return sqlstate(error) == "55P03"
 
 
-def is_interruption(error: BaseException) -> bool:
-    """Whether the database went away, which is no fault of the task."""
-    if not isinstance(error, sa.exc.DBAPIError):
-        return False
-    cannot_connect = isinstance(error, sa.exc.OperationalError) and error.statement is None
-    return error.connection_invalidated or cannot_connect
+def is_interruption(error: BaseException, losses: t.Collection[BaseException]) -> bool:
+    """Whether an error comes from a connection that was lost, which is no fault of the task.
+
+    :param losses: what the driver raised when that happened.
+    """
+    if losses and isinstance(error, sa.exc.PendingRollbackError):
+        return True  # the processor went on in the lost transaction
+    cause: BaseException | None = error
+    while cause is not None:
+        if any(getattr(cause, "orig", None) is loss for loss in losses):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False

@@ -18,9 +18,6 @@ from .processor import AnyProcessor
 from .queue import Queue
 from .registry import Registry
 
-#: Claims after which a lost connection is taken for the task's own doing.
-INTERRUPTIONS = 20
-
 
 class Executor:
     """Runs claimed tasks.
@@ -71,7 +68,7 @@ class Executor:
             if claim.settled:
                 log.exception("%s raised after its end", claim.label, extra=claim.log_extra())
                 return None
-            if is_interruption(error) and claim.claims < INTERRUPTIONS:
+            if is_interruption(error, claim.losses):
                 return outcomes.interrupted(claim, error)
             if isinstance(error, ClaimLost):
                 # The fence tells whether that is so. If the task is still this worker's, the

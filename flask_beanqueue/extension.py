@@ -88,9 +88,11 @@ class BeanQueue(Queue):
         config = Config.load(app.config)
         self._make_models(config)
         self._configs[app] = config
-        check_engine(self.engine(app), self._bind_key)
+        engine = self.engine(app)
+        check_engine(engine, self._bind_key)
+        fence.listen_engine(engine)
         if not config.NOTIFY:
-            self.engine(app).update_execution_options(bq_notify=False)
+            engine.update_execution_options(bq_notify=False)
         for name, value in vars(config).items():
             app.config.setdefault(f"{PREFIX}{name}", value)
         app.extensions["beanqueue"] = self

@@ -6,6 +6,7 @@ import typing as t
 import uuid
 
 import sqlalchemy as sa
+from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Session
 
 from . import outcome as outcomes
@@ -156,6 +157,18 @@ def listen_session(queue: Queue) -> None:
 
     for listener in (after_begin, before_flush, before_commit, after_commit):
         sa.event.listen(queue.db.session, listener.__name__, listener)
+
+
+def listen_engine(engine: Engine) -> None:
+    """Tell apart the connections that tasks lose to the queue's own database from any others."""
+
+    def handle_error(context: sa.engine.ExceptionContext) -> None:
+        claim = current_claim.get(None)
+        lost = context.is_disconnect or context.connection is None  # or never had
+        if claim is not None and lost:
+            claim.losses += (context.original_exception,)
+
+    sa.event.listen(engine, "handle_error", handle_error)
 
 
 def end(queue: Queue, task_id: uuid.UUID, decide: t.Callable[[Claim], Outcome]) -> None:

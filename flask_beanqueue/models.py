@@ -125,6 +125,10 @@ class TaskModelMixin(_Keyed):
     crashes: Mapped[int] = mapped_column(
         sa.Integer, default=0, server_default=sa.text("0"), nullable=False
     )
+    #: How often it lost its database connection.
+    interruptions: Mapped[int] = mapped_column(
+        sa.Integer, default=0, server_default=sa.text("0"), nullable=False
+    )
     #: Left PROCESSING by ``auto_complete=False``, held by no worker.
     parked: Mapped[bool] = mapped_column(
         sa.Boolean, default=False, server_default=sa.false(), nullable=False
@@ -279,7 +283,7 @@ class EventModelMixin(_Keyed):
     def id(cls) -> Mapped[uuid.UUID]:
         return _id()
 
-    #: ``FAILED``, ``RETRIED``, ``CRASHED``, ``UNKNOWN`` or ``DONE``.
+    #: ``FAILED``, ``RETRIED``, ``CRASHED``, ``INTERRUPTED``, ``UNKNOWN`` or ``DONE``.
     type: Mapped[str] = mapped_column(sa.Text, nullable=False)
     error_message: Mapped[str | None] = mapped_column(sa.Text, nullable=True)
     traceback: Mapped[str | None] = mapped_column(sa.Text, nullable=True)

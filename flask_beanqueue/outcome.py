@@ -9,13 +9,14 @@ import traceback
 import typing as t
 import uuid
 
+import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from . import signals
 from .arguments import to_json
 from .claim import Claim
 from .listen import notify_name
-from .log import log
+from .log import log, reason
 from .models import DONE, FAILED, PENDING, PROCESSING, uuid7
 from .options import check_aware
 from .processor import AnyProcessor
@@ -24,8 +25,11 @@ from .queue import Queue
 
 #: Seconds before a task whose processor nobody knew is offered again, at most.
 UNKNOWN_DELAY = 10.0
-#: Seconds before a task that lost its database connection is offered again.
+#: Seconds before a task that lost its database connection is offered again: at first, and at most.
 INTERRUPTION_DELAY = 1.0
+LONGEST_INTERRUPTION_DELAY = 300.0
+#: Interruptions after which that is taken for the task's own doing.
+MAX_INTERRUPTIONS = 20
 #: Characters of an error message and of a traceback that are kept.
 MESSAGE_LENGTH = 2_000
 TRACEBACK_LENGTH = 100_000
@@ -45,6 +49,7 @@ class Outcome:
     traceback: str | None = None
     attempts: int = 0
     crashes: int = 0
+    interruptions: int = 0
     parked: bool = False
     unknown: bool = False
     #: When a task that is PENDING again is due: in seconds from now, or at a time.
@@ -66,6 +71,7 @@ class Outcome:
             "error_message": self.error_message,
             "attempts": self.attempts,
             "crashes": self.crashes,
+            "interruptions": self.interruptions,
             "parked": self.parked,
             "was_parked": self.claim.parked,
             "unknown": self.unknown,
@@ -137,9 +143,19 @@ def failed(
 
 
 def interrupted(claim: Claim, error: BaseException) -> Outcome:
-    """The database went away meanwhile: run it again, uncounted."""
-    message = f"The database went away. {describe(error)}"
-    return Outcome(claim, PENDING, error_message=message, delay=INTERRUPTION_DELAY)
+    """The database went away meanwhile, which is no failure: run it again, ever more patiently."""
+    count = claim.interruptions + 1
+    outcome = Outcome(claim, PENDING, "INTERRUPTED", interruptions=1)
+    if count < MAX_INTERRUPTIONS:
+        message = f"The database went away ({count} of {MAX_INTERRUPTIONS} times)."
+        outcome.delay = min(INTERRUPTION_DELAY * 2**claim.interruptions, LONGEST_INTERRUPTION_DELAY)
+    else:
+        message = (
+            f"The database went away {count} times while this task ran. It will not be run again."
+        )
+        outcome.state = FAILED
+    outcome.error_message = f"{message} {describe(error)}"
+    return outcome
 
 
 def crashed(claim: Claim, maximum: int) -> Outcome:
@@ -285,10 +301,11 @@ def storable_text(text: str, length: int) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """An exception in one line, also if its own ``__str__`` raises."""
+    """An exception as text, also if its own ``__str__`` raises; one of the database without the
+    statement, whose values may be nobody's business."""
     kind = type(error).__name__
     try:
-        text = str(error)
+        text = reason(error) if isinstance(error, sa.exc.StatementError) else str(error)
     except BaseException as unprintable:
         text = f"(its message cannot be read: {type(unprintable).__name__})"
     return storable_text(f"{kind}: {text}" if text else kind, MESSAGE_LENGTH)

@@ -27,6 +27,9 @@ class Queries:
             "workers": quote(models.worker.__table__),
             "events": quote(models.event.__table__),
         }
+        self._names["now"] = epoch("now()")
+        self._names["front_at"] = epoch("front.scheduled_at")
+        self._names["next_at"] = epoch("next.scheduled_at")
         # How long the statement may wait for a lock, as lock_timeout says it; NULL: as the session
         # has it. It holds for the statement's own transaction, so no pooler is in its way, and it
         # is part of the statement, so it costs no round trip.
@@ -46,7 +49,7 @@ class Queries:
         # so zero rows do not prove an empty queue.
         self._claim = self._returning_claims("""
             UPDATE {tasks} SET state = 'PROCESSING', worker_id = :worker_id,
-                claims = claims + 1, started_at = now()
+                claims = claims + 1, parked = false, started_at = now()
             WHERE ctid = ANY (ARRAY(
                 SELECT picked.ctid
                 FROM unnest(
@@ -79,7 +82,7 @@ class Queries:
         # in a channel, however many tasks a crash left, so that the rest goes on meanwhile.
         self._claim_suspect = self._returning_claims("""
             UPDATE {tasks} SET state = 'PROCESSING', worker_id = :worker_id,
-                claims = claims + 1, started_at = now()
+                claims = claims + 1, parked = false, started_at = now()
             WHERE ctid = ANY (ARRAY(
                 SELECT t.ctid {suspects}
                 ORDER BY t.scheduled_at, t.id LIMIT 1
@@ -93,9 +96,8 @@ class Queries:
         # every turn.
         self._look = self._text("""
             SELECT front.channel, front.priority,
-                CAST(extract(epoch FROM front.scheduled_at) AS float8) AS at, front.id,
-                CAST(extract(epoch FROM front.scheduled_at - now()) AS float8) AS due_in,
-                CAST(extract(epoch FROM next.scheduled_at - now()) AS float8) AS next_due
+                {front_at} AS at, front.id, {front_at} - {now} AS due_in,
+                {next_at} - {now} AS next_due
             FROM unnest(CAST(:channels AS text[])) AS wanted (channel)
             CROSS JOIN LATERAL (
                 WITH RECURSIVE front AS (
@@ -152,7 +154,8 @@ class Queries:
                 SELECT outcome.* FROM patience
                 CROSS JOIN jsonb_to_recordset(CAST(:outcomes AS jsonb)) AS outcome (
                     id uuid, claims int, state text, result text, error_message text,
-                    attempts int, crashes int, parked bool, was_parked bool, unknown bool,
+                    attempts int, crashes int, interruptions int,
+                    parked bool, was_parked bool, unknown bool,
                     delay float8, scheduled_at timestamptz, channel text,
                     event_id uuid, event text, traceback text)
             ), settled AS (
@@ -163,6 +166,7 @@ class Queries:
                         ELSE outcome.error_message END,
                     attempts = t.attempts + outcome.attempts,
                     crashes = t.crashes + outcome.crashes,
+                    interruptions = t.interruptions + outcome.interruptions,
                     parked = outcome.parked,
                     unknown_since = CASE WHEN outcome.unknown
                         THEN COALESCE(t.unknown_since, clock_timestamp()) END,
@@ -290,11 +294,10 @@ class Queries:
 
     def _returning_claims(self, sql: str) -> t.Any:
         """A statement whose rows make up claims."""
-        columns = """ctid, id, claims, channel, module, func_name,
-            CAST(kwargs AS text) AS arguments, priority,
-            CAST(extract(epoch FROM scheduled_at) AS float8) AS scheduled_at, attempts, crashes,
-            CAST(extract(epoch FROM now() - unknown_since) AS float8) AS unknown_for"""
-        columns = columns.replace("ctid", "CAST(ctid AS text) AS ctid", 1)
+        columns = f"""CAST(ctid AS text) AS ctid, id, claims, channel, module, func_name,
+            CAST(kwargs AS text) AS arguments, priority, {epoch("scheduled_at")} AS scheduled_at,
+            attempts, crashes, interruptions,
+            {epoch("now()")} - {epoch("unknown_since")} AS unknown_for"""
         if "{claim}" not in sql:
             sql = f"{sql} RETURNING {{claim}}"
         return sa.text(sql.format(claim=columns, **self._names)).columns(
@@ -462,6 +465,12 @@ class Queries:
     def mine(self, connection: Connection, worker_id: uuid.UUID) -> list[Claim]:
         """Return what a worker has claimed."""
         return [Claim(*row) for row in connection.execute(self._mine, {"worker_id": worker_id})]
+
+
+def epoch(moment: str) -> str:
+    """A time in seconds. Times are subtracted as such, for one may be infinite, which only
+    PostgreSQL 17 and later can subtract as timestamps."""
+    return f"CAST(extract(epoch FROM {moment}) AS float8)"
 
 
 def milliseconds(seconds: float | None) -> str | None:

@@ -775,52 +775,6 @@ def test_a_processor_that_spoils_its_own_row_fails(
     assert texts(app, db, Note) == []
 
 
-def test_a_lost_connection_is_no_failure(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work
-) -> None:
-    lost = []
-
-    @bq.processor()
-    def write(db: Any) -> None:
-        db.add(Note(text="once"))
-        db.flush()
-        if not lost:
-            pid = db.scalar(sa.text("SELECT pg_backend_pid()"))
-            with bq.engine(app).connect() as connection:
-                lost.append(connection.scalar(sa.text(f"SELECT pg_terminate_backend({pid}, 5000)")))
-            db.execute(sa.text("SELECT 1"))
-
-    with app.app_context():
-        write.enqueue()
-        db.session.commit()
-    work()
-    task = only_task(app, bq)
-    assert lost == [True]
-    assert (task.state, task.attempts, task.crashes) == ("PENDING", 0, 0)
-    assert task.error_message.startswith("The database went away.")
-    with app.app_context():
-        db.session.execute(sa.update(bq.Task).values(scheduled_at=sa.func.now()))
-        db.session.commit()
-    work()
-    assert texts(app, db, Note) == ["once"]
-    task = only_task(app, bq)
-    assert (task.state, task.attempts, task.error_message) == ("DONE", 1, None)
-
-
-def test_a_processor_that_always_kills_its_connection_fails_in_the_end(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work
-) -> None:
-    @bq.processor()
-    def kill(db: Any) -> None:
-        db.execute(sa.text("SELECT pg_terminate_backend(pg_backend_pid())"))
-
-    with app.app_context():
-        db.session.add(bq.Task(module=kill.module, name="kill", claims=19))
-        db.session.commit()
-    work()
-    assert only_task(app, bq).state == "FAILED"
-
-
 @pytest.mark.parametrize("state", ["CANCELLED", "PENDING"])
 @pytest.mark.parametrize("halfway", [False, True])
 def test_a_state_that_was_loaded_is_not_one_that_was_set(

@@ -1,0 +1,215 @@
+"""Tasks that lose their database connection, which is no fault of theirs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+
+from flask_beanqueue import BeanQueue
+
+Work = Callable[..., None]
+
+KILL = sa.text("SELECT pg_terminate_backend(pg_backend_pid())")
+
+
+@pytest.fixture
+def only_task(app: Flask, bq: BeanQueue) -> Callable[[], Any]:
+    def only_task() -> Any:
+        with app.app_context():
+            return bq.db.session.scalars(
+                sa.select(bq.Task).options(sa.orm.selectinload(bq.Task.events))
+            ).one()
+
+    return only_task
+
+
+def start(app: Flask, db: SQLAlchemy, processor: Any, **columns: Any) -> None:
+    with app.app_context():
+        task = processor.enqueue()
+        for name, value in columns.items():
+            setattr(task, name, value)
+        db.session.commit()
+
+
+def test_a_lost_connection_is_no_failure(
+    app: Flask,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    Note: Any,
+    work: Work,
+    only_task: Callable[[], Any],
+) -> None:
+    @bq.processor()
+    def write(db: Any, task: Any) -> None:
+        db.add(Note(text="once"))
+        db.flush()
+        if task.claims == 1:
+            db.execute(KILL)
+
+    start(app, db, write)
+    work()
+    task = only_task()
+    assert (task.state, task.attempts, task.crashes, task.interruptions) == ("PENDING", 0, 0, 1)
+    assert task.error_message.startswith("The database went away (1 of 20 times).")
+    [event] = task.events
+    assert event.type == "INTERRUPTED"
+    assert 0.5 < (event.scheduled_at - event.created_at).total_seconds() < 1.5
+    assert event.scheduled_at == task.scheduled_at
+    with app.app_context():
+        db.session.execute(sa.update(bq.Task).values(scheduled_at=sa.func.now()))
+        db.session.commit()
+    work()
+    with app.app_context():
+        assert list(db.session.scalars(sa.select(Note.text))) == ["once"]
+    task = only_task()
+    assert (task.state, task.attempts, task.error_message) == ("DONE", 1, None)
+
+
+@pytest.mark.parametrize(("before", "seconds"), [(0, 1), (3, 8), (7, 128), (9, 300), (18, 300)])
+def test_each_interruption_is_followed_by_a_longer_pause(
+    app: Flask,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    work: Work,
+    only_task: Callable[[], Any],
+    before: int,
+    seconds: int,
+) -> None:
+    @bq.processor()
+    def kill(db: Any) -> None:
+        db.execute(KILL)
+
+    start(app, db, kill, interruptions=before)
+    work()
+    [event] = only_task().events
+    assert round((event.scheduled_at - event.created_at).total_seconds()) == seconds
+
+
+def test_a_task_that_is_always_interrupted_fails_in_the_end(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work, only_task: Callable[[], Any]
+) -> None:
+    @bq.processor()
+    def kill(db: Any) -> None:
+        db.execute(KILL)
+
+    start(app, db, kill, interruptions=19)
+    work()
+    task = only_task()
+    assert (task.state, task.interruptions) == ("FAILED", 20)
+    assert "went away 20 times while this task ran. It will not be run again" in task.error_message
+    assert [event.type for event in task.events] == ["INTERRUPTED"]
+
+
+def test_a_processor_that_wraps_the_loss_is_interrupted_too(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work, only_task: Callable[[], Any]
+) -> None:
+    @bq.processor()
+    def kill(db: Any) -> None:
+        try:
+            db.execute(KILL)
+        except sa.exc.DBAPIError as error:
+            raise RuntimeError("could not order") from error
+
+    start(app, db, kill)
+    work()
+    assert only_task().interruptions == 1
+
+
+def test_a_processor_that_swallows_the_loss_is_interrupted_too(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work, only_task: Callable[[], Any]
+) -> None:
+    """What it wrote before is gone with its transaction."""
+
+    @bq.processor()
+    def kill(db: Any) -> None:
+        with contextlib.suppress(sa.exc.DBAPIError):
+            db.execute(KILL)
+
+    start(app, db, kill)
+    work()
+    task = only_task()
+    assert (task.state, task.interruptions) == ("PENDING", 1)
+
+
+def test_a_processor_that_recovers_from_the_loss_is_done(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work, only_task: Callable[[], Any]
+) -> None:
+    @bq.processor()
+    def kill(db: Any) -> None:
+        with contextlib.suppress(sa.exc.DBAPIError):
+            db.execute(KILL)
+        db.rollback()
+        db.add(Note(text="anew"))
+
+    start(app, db, kill)
+    work()
+    task = only_task()
+    assert (task.state, task.interruptions, task.attempts) == ("DONE", 0, 1)
+
+
+def test_what_a_processor_raises_after_it_recovered_is_a_failure(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work, only_task: Callable[[], Any]
+) -> None:
+    @bq.processor()
+    def kill(db: Any) -> None:
+        with contextlib.suppress(sa.exc.DBAPIError):
+            db.execute(KILL)
+        db.rollback()
+        raise ValueError("the task's own doing")
+
+    start(app, db, kill)
+    work()
+    task = only_task()
+    assert (task.state, task.error_message) == ("FAILED", "ValueError: the task's own doing")
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_losing_another_database_is_a_failure(
+    app: Flask,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    work: Work,
+    only_task: Callable[[], Any],
+    other_database_url: str,
+    lives: bool,
+) -> None:
+    url = sa.make_url(other_database_url)
+    other = sa.create_engine(url if lives else url.set(database="nowhere"), poolclass=sa.NullPool)
+
+    @bq.processor()
+    def ask() -> None:
+        with other.connect() as connection:
+            connection.execute(KILL)
+
+    start(app, db, ask)
+    work()
+    task = only_task()
+    assert (task.state, task.attempts, task.interruptions) == ("FAILED", 1, 0)
+
+
+def test_an_error_of_the_database_is_told_without_the_statement_and_its_values(
+    app: Flask,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    Note: Any,
+    work: Work,
+    only_task: Callable[[], Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    @bq.processor()
+    def write(db: Any) -> None:
+        db.add_all([Note(id=1, text="secret"), Note(id=1, text="secret")])
+        db.flush()
+
+    start(app, db, write)
+    work()
+    task = only_task()
+    assert task.error_message.startswith("IntegrityError: duplicate key value")
+    assert "secret" not in task.error_message
+    assert "secret" not in caplog.text
