@@ -125,6 +125,20 @@ def test_a_parked_task_is_not_taken_over(
     assert found == [("PROCESSING", True, 1, 0)]
 
 
+def test_a_parked_task_that_is_set_back_runs_again(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, parked: uuid.UUID, work: Work, row: Any
+) -> None:
+    with app.app_context():
+        db.session.get_one(bq.Task, parked).state = "PENDING"
+        db.session.commit()
+    work()
+    assert row("state, parked, claims, attempts") == ("PROCESSING", True, 2, 2)
+    with app.app_context():
+        bq.complete(parked)
+        db.session.commit()
+    assert row("state, parked, claims, attempts") == ("DONE", False, 2, 2)
+
+
 # From outside: a webhook, say.
 
 
