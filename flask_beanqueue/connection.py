@@ -58,20 +58,6 @@ class Line:
 
 
 @contextlib.contextmanager
-def transaction(connection: Connection) -> t.Iterator[None]:
-    """A transaction on a connection that is in autocommit otherwise. The driver and SQLAlchemy
-    need not know of it, so it costs no second connection."""
-    connection.exec_driver_sql("BEGIN ISOLATION LEVEL READ COMMITTED")
-    try:
-        yield
-        connection.exec_driver_sql("COMMIT")
-    except BaseException:
-        with contextlib.suppress(sa.exc.SQLAlchemyError):
-            connection.exec_driver_sql("ROLLBACK")
-        raise
-
-
-@contextlib.contextmanager
 def named(engines: t.Iterable[Engine], worker_id: uuid.UUID) -> t.Iterator[None]:
     """Let all connections that the engines hand out carry the worker's name, so that another
     worker can end them when this one is frozen."""

@@ -9,6 +9,10 @@ import sqlalchemy as sa
 #: What a worker's loop survives.
 TROUBLE = (sa.exc.DBAPIError, sa.exc.TimeoutError)
 
+#: Classes of SQLSTATE by which PostgreSQL refuses a value, a right, or what a constraint or a
+#: trigger does not let pass; and what a damaged row answers.
+REFUSALS = {"0A", "21", "22", "23", "27", "2F", "38", "39", "42", "44", "54", "P0", "XX"}
+
 
 def sqlstate(error: sa.exc.DBAPIError) -> str:
     """The five characters by which PostgreSQL calls an error, with psycopg2 and psycopg 3."""
@@ -16,12 +20,9 @@ def sqlstate(error: sa.exc.DBAPIError) -> str:
 
 
 def is_refusal(error: sa.exc.DBAPIError) -> bool:
-    """Whether the database refuses what it was given, and would do so again: a value, a
-    constraint, a trigger, a limit."""
-    if error.connection_invalidated:
-        return False
-    kinds = (sa.exc.DataError, sa.exc.IntegrityError, sa.exc.InternalError)
-    return isinstance(error, kinds) or sqlstate(error).startswith("54")
+    """Whether the database refuses what it was given, and would do so again. A database that is
+    read-only or full does not: it may change its mind."""
+    return not error.connection_invalidated and sqlstate(error)[:2] in REFUSALS
 
 
 def is_lock_timeout(error: sa.exc.DBAPIError) -> bool:

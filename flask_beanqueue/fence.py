@@ -63,7 +63,7 @@ def commit(queue: Queue, session: Session, outcome: Outcome) -> bool:
     if claim.settled or ended_in(session, claim):
         session.commit()  # under the guard of before_commit
         return False
-    if not outcomes.write(queue.queries, queue.connection(session), [outcome]):
+    if not outcomes.write_one(queue.queries, queue.connection(session), outcome):
         raise ClaimLost(LOST)
     claim.ended_in = claim.fenced_in = session.get_transaction()
     session.commit()
@@ -199,7 +199,7 @@ def end(queue: Queue, task_id: uuid.UUID, decide: t.Callable[[Claim], Outcome]) 
         raise TaskStateError(f"Task {task_id} is {state}; only a running one can be ended.", state)
     outcome = decide(claim)
     outcome.attempts = int(claim is own)  # a parked task's attempt is counted
-    if not outcomes.write(queue.queries, connection, [outcome]):
+    if not outcomes.write_one(queue.queries, connection, outcome):
         raise TaskStateError(f"Task {task_id} was taken from this worker.", state)
     claim.ended_in = innermost(session)
     if (task := queue.known_task(session, task_id)) is not None:

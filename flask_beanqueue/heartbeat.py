@@ -1,4 +1,4 @@
-"""The heartbeat: tells that a worker lives, and takes over from those that do not."""
+"""The heartbeat: tells that a worker lives, and finds out who does not."""
 
 from __future__ import annotations
 
@@ -10,21 +10,17 @@ import uuid
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-from . import outcome as outcomes
 from .config import Config
-from .connection import Line, transaction
+from .connection import Line
 from .log import log, reason
 from .queries import Queries
-
-#: Tasks that are taken over in one transaction.
-TAKE_OVER_SIZE = 1000
 
 
 class Heartbeat(threading.Thread):
     """A thread with a connection of its own, so that nothing that tasks do can hold it up.
 
     :param on_death: called when the worker finds itself declared dead.
-    :param on_outcome: called for each task that has been taken over.
+    :param on_burial: called when it has declared others dead.
     """
 
     def __init__(
@@ -35,7 +31,7 @@ class Heartbeat(threading.Thread):
         worker_id: uuid.UUID,
         *,
         on_death: t.Callable[[], None],
-        on_outcome: t.Callable[[outcomes.Outcome], None],
+        on_burial: t.Callable[[], None],
     ) -> None:
         super().__init__(name="beanqueue-heartbeat", daemon=True)
         self.line = Line(engine)
@@ -43,11 +39,11 @@ class Heartbeat(threading.Thread):
         self._config = config
         self._worker_id = worker_id
         self._on_death = on_death
-        self._on_outcome = on_outcome
+        self._on_burial = on_burial
         self._stopped = threading.Event()
         self._last_beat = time.monotonic()
         self._modest_until = 0.0
-        self._next_search = 0.0
+        self._next_termination = 0.0
 
     def stop(self) -> None:
         self._stopped.set()
@@ -74,8 +70,7 @@ class Heartbeat(threading.Thread):
         self.line.close()
 
     def beat(self) -> bool:
-        """Beat once, bury who is silent, and take over what they held; False if this worker has
-        been buried itself."""
+        """Beat once, and bury who is silent; False if this worker has been buried itself."""
         connection = self.line.connection
         timeout = self._config.WORKER_HEARTBEAT_TIMEOUT
         now = time.monotonic()
@@ -88,11 +83,11 @@ class Heartbeat(threading.Thread):
         self._last_beat = now
         for worker_id, name in buried:
             log.warning("Worker %s (%s) sent no heartbeat for %g s", name, worker_id, timeout)
-        if buried or now >= self._next_search:
-            # A lock that outlives its backend for a moment hides a task: search once more.
-            self._next_search = now if buried else now + timeout
+        if buried or now >= self._next_termination:
+            self._next_termination = now + timeout
             self._terminate(connection)
-            self.take_over(connection)
+        if buried:
+            self._on_burial()
         return alive
 
     def _terminate(self, connection: Connection) -> None:
@@ -101,20 +96,3 @@ class Heartbeat(threading.Thread):
             self._queries.terminate(connection)
         except sa.exc.ProgrammingError as error:  # the right to do so may have been revoked
             log.warning("The backends of dead workers cannot be ended: %s", reason(error))
-
-    def take_over(self, connection: Connection) -> None:
-        """Make the tasks of dead workers wait again, or fail where they died too often."""
-        while not self._stopped.is_set():
-            with transaction(connection):
-                orphans = self._queries.orphans(connection, TAKE_OVER_SIZE)
-                ends = [
-                    outcomes.given_back(claim)
-                    if left
-                    else outcomes.crashed(claim, self._config.MAX_CRASHES)
-                    for claim, left in orphans
-                ]
-                written = outcomes.write(self._queries, connection, ends) if ends else []
-            for outcome in written:
-                self._on_outcome(outcome)
-            if len(orphans) < TAKE_OVER_SIZE:
-                break

@@ -7,7 +7,6 @@ import datetime
 import logging
 import traceback
 import typing as t
-import uuid
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -55,11 +54,14 @@ class Outcome:
     #: When a task that is PENDING again is due: in seconds from now, or at a time.
     delay: float | None = None
     scheduled_at: datetime.datetime | None = None
+    #: The row is no longer where the claim found it.
+    moved: bool = False
 
     @property
     def is_plain(self) -> bool:
         """Whether this is what nearly all tasks come to: DONE, and nothing to add."""
-        return self.state == DONE and self.event is None and self.attempts == 1
+        plain = self.state == DONE and self.event is None and self.attempts == 1
+        return plain and not self.moved
 
     def settlement(self) -> dict[str, t.Any]:
         """What the statement that writes it needs to know, as JSON has it."""
@@ -188,10 +190,16 @@ def given_back(claim: Claim) -> Outcome:
     return Outcome(claim, PENDING, unknown=claim.unknown_for is not None)
 
 
-def unwritable(outcome: Outcome, error: BaseException) -> Outcome:
-    """The database refuses what the task came to: at least that can be said."""
+def fallbacks(outcome: Outcome, error: BaseException) -> t.Iterator[Outcome]:
+    """What to write in place of an outcome that the database refuses, the best first."""
+    if outcome.event is not None:
+        yield dataclasses.replace(outcome, event=None)
     message = f"Its outcome ({outcome.state}) could not be written. {describe(error)}"
-    return Outcome(outcome.claim, FAILED, "FAILED", error_message=message, attempts=1)
+    failure = dataclasses.replace(
+        outcome, state=FAILED, event="FAILED", result=None, error_message=message, parked=False
+    )
+    yield failure
+    yield dataclasses.replace(failure, event=None)
 
 
 def ended(claim: Claim, *, result: t.Any = None, error: str | None = None) -> Outcome:
@@ -211,27 +219,37 @@ def write(
     *,
     lock_timeout: float | None = None,
 ) -> list[Outcome]:
-    """Write outcomes, each fenced by its claim, and return those that were written.
+    """Write outcomes with one statement, each fenced by its claim; return those that were written.
 
     The rest has been claimed by somebody else, cancelled or deleted in the meantime: whatever
-    belongs to it must not be committed.
+    belongs to it must not be committed. Or its row has moved: then it is marked so, is plain no
+    longer, and can be written again.
 
+    :param outcomes: all of them plain, or none.
     :param lock_timeout: seconds to wait for a row that somebody else has locked, in autocommit.
-    :raises sqlalchemy.exc.OperationalError: if that is over; of each kind of outcome, nothing is
-        then written.
+    :raises sqlalchemy.exc.OperationalError: if that is over; nothing is then written.
     """
-    plain = [outcome for outcome in outcomes if outcome.is_plain]
-    written: set[uuid.UUID] = set()
+    plain = outcomes[0].is_plain
     if plain:
-        written = queries.finish(
-            connection, [(each.claim, each.result) for each in plain], lock_timeout
-        )
-    # A row that is no longer where the claim left it is looked for by its id.
-    rest = [outcome for outcome in outcomes if outcome.claim.id not in written]
-    if rest:
-        settlements = [outcome.settlement() for outcome in rest]
-        written |= queries.settle(connection, settlements, lock_timeout)
-    return [outcome for outcome in outcomes if outcome.claim.id in written]
+        done = [(outcome.claim, outcome.result) for outcome in outcomes]
+        ids = queries.finish(connection, done, lock_timeout)
+    else:
+        ids = queries.settle(connection, [each.settlement() for each in outcomes], lock_timeout)
+    written = []
+    for outcome in outcomes:
+        if outcome.claim.id in ids:
+            written.append(outcome)
+        elif plain:
+            outcome.moved = True
+    return written
+
+
+def write_one(queries: Queries, connection: Connection, outcome: Outcome) -> bool:
+    """Write one outcome wherever its row is, and tell whether the claim held."""
+    return bool(
+        write(queries, connection, [outcome])
+        or (outcome.moved and write(queries, connection, [outcome]))
+    )
 
 
 def announce(app: t.Any, queue: Queue, outcome: Outcome) -> None:

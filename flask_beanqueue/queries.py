@@ -270,16 +270,16 @@ class Queries:
         """)
 
         # Every task that a worker should be doing and none is; who is silent has been declared dead
-        # by the heartbeat, and who said goodbye may have had to leave something behind. The locks
-        # are kept until the outcome is written in the same transaction; what somebody else has
-        # locked comes next time.
+        # by the heartbeat, and who said goodbye may have had to leave something behind. Nothing is
+        # locked: of several workers that find a task, the fence lets one write what becomes of it.
         self._orphans = self._returning_claims("""
             SELECT {claim}, EXISTS (
                 SELECT FROM {workers} AS w WHERE w.id = t.worker_id AND w.state = 'SHUTDOWN')
             FROM {tasks} AS t
-            WHERE state = 'PROCESSING' AND NOT parked AND NOT EXISTS (
+            WHERE state = 'PROCESSING' AND NOT parked AND id <> ALL (CAST(:known AS uuid[]))
+              AND NOT EXISTS (
                 SELECT FROM {workers} AS w WHERE w.id = t.worker_id AND w.state = 'RUNNING')
-            LIMIT :limit FOR NO KEY UPDATE SKIP LOCKED
+            LIMIT :limit
         """)
 
         # What a worker holds as the database sees it: after a lost connection, a claim may have
@@ -456,10 +456,14 @@ class Queries:
         """End the backends of dead workers, and with them their locks; return how many."""
         return len(connection.execute(self._terminate, {"prefix": application_name("")}).all())
 
-    def orphans(self, connection: Connection, limit: int) -> list[tuple[Claim, bool]]:
-        """Lock tasks that are PROCESSING for no living worker; return them, each with whether its
-        worker has shut down in order."""
-        rows = connection.execute(self._orphans, {"limit": limit})
+    def orphans(
+        self, connection: Connection, limit: int, known: t.Iterable[uuid.UUID]
+    ) -> list[tuple[Claim, bool]]:
+        """Return tasks that are PROCESSING for no living worker, but for those that are known
+        already; each with whether its worker has shut down in order."""
+        rows = connection.execute(
+            self._orphans, {"limit": limit, "known": [str(task_id) for task_id in known]}
+        )
         return [(Claim(*row[:-1]), row[-1]) for row in rows]
 
     def mine(self, connection: Connection, worker_id: uuid.UUID) -> list[Claim]:

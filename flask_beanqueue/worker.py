@@ -102,6 +102,9 @@ class Worker:
         self._empty = False
         self._failures = 0
         self._strays_at = float("inf")
+        self._take_over_at = 0.0
+        #: Since there was anything to claim.
+        self._taken_over = False
         self._stopping = False
         self._grace_until = float("inf")
         self._died = False
@@ -147,7 +150,7 @@ class Worker:
                 self.config,
                 self.id,
                 on_death=self._die,
-                on_outcome=self._writer.announce,
+                on_burial=self._take_over_soon,
             )
             heartbeat.start()
             try:
@@ -224,13 +227,23 @@ class Worker:
                     self._give_back(self._crew.take_back())
                 if time.monotonic() >= self._strays_at:
                     self._give_back_strays()
+                if time.monotonic() >= self._take_over_at:
+                    self._take_over()
+                if self._is_through():
+                    break
             except TROUBLE as error:
                 self._reconnect(error)
                 continue
             self._failures = 0
-            if self.burst and self._empty and not self._writer.held:
-                break
             self._wait()
+
+    def _is_through(self) -> bool:
+        """Whether a burst has done what is due, also what dead workers left behind."""
+        if not self.burst or not self._empty or self._writer.held:
+            return False
+        if not self._taken_over:
+            self._take_over()
+        return self._empty
 
     def _leave(self, heartbeat: Heartbeat) -> None:
         """Give back what has not started, wait for what runs, and say goodbye."""
@@ -332,7 +345,20 @@ class Worker:
 
     def _ask_again(self) -> None:
         self._quiet_until = 0.0
-        self._empty = False
+        self._empty = self._taken_over = False
+
+    # Taking over.
+
+    def _take_over_soon(self) -> None:
+        """From the heartbeat's thread: others have been declared dead."""
+        self._take_over_at = 0.0
+        self._bell.ring()
+
+    def _take_over(self) -> None:
+        """Let what dead workers held wait again."""
+        self._take_over_at = time.monotonic() + self.config.WORKER_HEARTBEAT_TIMEOUT
+        self._taken_over = True
+        self._writer.take_over(self._line.connection, self.config.MAX_CRASHES)
 
     # Finishing.
 
@@ -392,7 +418,7 @@ class Worker:
         if self._stopping:
             until.append(self._grace_until)
         else:
-            until.append(self._strays_at)
+            until += [self._strays_at, self._take_over_at]
             if self._suspect.waits:
                 until.append(self._suspect.until)
             elif self._suspect.claim is None and self._crew.wanted > 0:
@@ -454,13 +480,9 @@ class Worker:
         self._ask_again()
 
     def _give_back_strays(self) -> None:
-        """Give back claims that were committed although the answer was lost with a connection."""
         self._strays_at = float("inf")
-        known = {(claim.id, claim.claims) for claim in self._writer.held}
-        mine = self.queue.queries.mine(self._line.connection, self.id)
-        strays = [claim for claim in mine if (claim.id, claim.claims) not in known]
-        self._writer.held.update(strays)
-        self._give_back(strays)
+        self._writer.give_back_strays(self._line.connection, self.id)
+        self._write()
 
 
 def check_pool(engine: sa.Engine, concurrency: int) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import time
 import typing as t
+import uuid
 
 import sqlalchemy as sa
 from flask import Flask
@@ -16,7 +17,7 @@ from . import signals
 from .claim import Claim
 from .errors import is_lock_timeout, is_refusal
 from .log import log, reason
-from .models import PENDING
+from .models import PENDING, PROCESSING
 from .outcome import Outcome
 from .queue import Queue
 
@@ -24,6 +25,8 @@ from .queue import Queue
 LOCK_TIMEOUT = 0.1
 #: Seconds after which such rows are tried again.
 LOCKED_AGAIN = 1.0
+#: Tasks that are taken over at once.
+TAKE_OVER_SIZE = 1000
 
 
 class Writer:
@@ -54,6 +57,10 @@ class Writer:
         self._locked_until = 0.0
         #: Claims whose outcome may have been written although the answer was lost.
         self._unsure: set[Claim] = set()
+        #: What is still to be tried where the database refuses an outcome.
+        self._fallbacks: dict[Claim, t.Iterator[Outcome]] = {}
+        #: Tasks of which nothing could be written.
+        self._given_up: set[uuid.UUID] = set()
 
     @property
     def next_try(self) -> float:
@@ -65,7 +72,7 @@ class Writer:
     @property
     def free(self) -> int:
         """How many claims are held whose rows are not known to be locked."""
-        return len(self.held) - len(self._locked)
+        return len(self.held) - sum(claim in self.held for claim in self._locked)
 
     @property
     def undecided(self) -> list[Claim]:
@@ -77,6 +84,8 @@ class Writer:
     def release(self, claim: Claim, *, waits: bool = False) -> None:
         """Hold a claim no longer: there is nothing left to write of it."""
         self._forget(claim)
+        self._unsure.discard(claim)
+        self._fallbacks.pop(claim, None)
         self.held.discard(claim)
         self._on_release(claim, waits)
 
@@ -99,6 +108,33 @@ class Writer:
             self.held.discard(claim)
         return len(claims)
 
+    def take_over(self, connection: Connection, max_crashes: int) -> None:
+        """Let the tasks of dead workers wait again, or fail where they died too often.
+
+        :param max_crashes: how often that is.
+        """
+        orphans = None
+        while orphans is None or len(orphans) == TAKE_OVER_SIZE:
+            known = {claim.id for claim in (*self._backlog, *self._locked)} | self._given_up
+            orphans = self._queue.queries.orphans(connection, TAKE_OVER_SIZE, known)
+            for claim, left in orphans:
+                self.add(
+                    outcomes.given_back(claim) if left else outcomes.crashed(claim, max_crashes)
+                )
+            self.write(connection)
+
+    def give_back_strays(self, connection: Connection, worker_id: uuid.UUID) -> None:
+        """Give back claims that were committed although the answer was lost with a connection."""
+        known = {(claim.id, claim.claims) for claim in self.held}
+        mine = self._queue.queries.mine(connection, worker_id)
+        strays = [
+            claim
+            for claim in mine
+            if (claim.id, claim.claims) not in known and claim.id not in self._given_up
+        ]
+        self.held.update(strays)
+        self.give_back(strays)
+
     def write(self, connection: Connection) -> None:
         """Write what there is to write. What fails stays to be written.
 
@@ -114,10 +150,9 @@ class Writer:
             same = (each for each in self._backlog.values() if each.is_plain == first.is_plain)
             self._write_part(connection, list(itertools.islice(same, self._batch_size)))
 
-    def _write_part(
-        self, connection: Connection, part: list[Outcome], *, last_try: bool = False
-    ) -> None:
+    def _write_part(self, connection: Connection, part: list[Outcome]) -> None:
         """Write outcomes together; where the database refuses one, the others without it."""
+        plain = part[0].is_plain
         try:
             written = outcomes.write(
                 self._queue.queries, connection, part, lock_timeout=LOCK_TIMEOUT
@@ -126,29 +161,37 @@ class Writer:
             self._unsure |= {outcome.claim for outcome in part}
             if is_lock_timeout(error):
                 if unlocked := self._unlocked(connection, part):
-                    self._write_part(connection, unlocked, last_try=last_try)
-                return
-            if not is_refusal(error):
+                    self._write_part(connection, unlocked)
+            elif not is_refusal(error):
                 raise
-            if len(part) > 1:
-                for outcome in part:
-                    self._write_part(connection, [outcome])
-                return
-            [outcome] = part
-            log.error("%s: its outcome is refused: %s", outcome.claim.label, reason(error))
-            if last_try:
-                self.release(outcome.claim)
+            elif len(part) > 1:
+                half = len(part) // 2
+                self._write_part(connection, part[:half])
+                self._write_part(connection, part[half:])
             else:
-                self._write_part(connection, [outcomes.unwritable(outcome, error)], last_try=True)
+                self._fall_back(part[0], error)
             return
-        ids = {outcome.claim.id for outcome in written}
-        for outcome in part:
+        for outcome in written:
             self.release(outcome.claim, waits=outcome.state == PENDING)
-            if outcome.claim.id in ids:
-                self.announce(outcome)
-            elif outcome.claim not in self._unsure:
-                outcomes.lost(outcome.claim)
-            self._unsure.discard(outcome.claim)
+            self._announce(outcome)
+        if plain:
+            return  # the rest has moved, and stays to be written
+        for claim in {outcome.claim for outcome in part} - {outcome.claim for outcome in written}:
+            if claim in self.held and claim not in self._unsure:
+                outcomes.lost(claim)
+            self.release(claim)
+
+    def _fall_back(self, outcome: Outcome, error: BaseException) -> None:
+        """Let something else be written in place of an outcome that the database refuses."""
+        claim = outcome.claim
+        log.error("%s: its outcome is refused: %s", claim.label, reason(error))
+        fallbacks = self._fallbacks.setdefault(claim, outcomes.fallbacks(outcome, error))
+        if (instead := next(fallbacks, None)) is not None:
+            self.add(instead)
+            return
+        log.error("%s stays %s: nothing can be written of it", claim.label, PROCESSING)
+        self._given_up.add(claim.id)
+        self.release(claim)
 
     def _unlocked(self, connection: Connection, part: list[Outcome]) -> list[Outcome]:
         """Return those whose rows nobody has locked, and keep the others for later."""
@@ -172,7 +215,7 @@ class Writer:
         self._backlog.pop(claim, None)
         self._locked.pop(claim, None)
 
-    def announce(self, outcome: Outcome) -> None:
+    def _announce(self, outcome: Outcome) -> None:
         """Log a written outcome and send its signal, in an app context of its own."""
         try:
             with self._app.app_context() if signals.any_receivers() else contextlib.nullcontext():

@@ -1,4 +1,4 @@
-"""Who lives, who is dead, and what becomes of their tasks."""
+"""Who lives, and who is dead."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ MakeHeartbeat = Callable[[], Heartbeat]
 
 
 @pytest.fixture
-def make_heartbeat(app: Flask, bq: BeanQueue) -> Iterator[MakeHeartbeat]:
+def buried() -> list[Heartbeat]:
+    """Who has declared others dead."""
+    return []
+
+
+@pytest.fixture
+def make_heartbeat(app: Flask, bq: BeanQueue, buried: list[Heartbeat]) -> Iterator[MakeHeartbeat]:
     """Makes workers of which there is nothing but the heartbeat."""
     made = []
 
@@ -35,7 +41,7 @@ def make_heartbeat(app: Flask, bq: BeanQueue) -> Iterator[MakeHeartbeat]:
             bq.config(app),
             worker_id,
             on_death=lambda: None,
-            on_outcome=lambda outcome: None,
+            on_burial=lambda: buried.append(heartbeat),
         )
         made.append(heartbeat)
         return heartbeat
@@ -59,39 +65,23 @@ def states(db: SQLAlchemy, bq: BeanQueue) -> list[str]:
     return sorted(db.session.scalars(sa.select(bq.Worker.state)))
 
 
-def test_a_beat_declares_silent_workers_dead_and_takes_their_tasks(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, make_heartbeat: MakeHeartbeat
+def test_a_beat_declares_silent_workers_dead(
+    app: Flask,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    make_heartbeat: MakeHeartbeat,
+    buried: list[Heartbeat],
 ) -> None:
     with app.app_context():
         first, second = make_heartbeat(), make_heartbeat()
-        held = bq.Task(module="m", name="f", state="PROCESSING", claims=1, crashes=1)
-        held.worker_id = second._worker_id
-        parked = bq.Task(module="m", name="g", state="PROCESSING", claims=1, parked=True)
-        db.session.add_all([held, parked])
-        db.session.commit()
         assert first.beat()
-        assert states(db, bq) == ["RUNNING", "RUNNING"]
+        assert (states(db, bq), buried) == (["RUNNING", "RUNNING"], [])
         fall_silent(db, bq, 31)
         assert first.beat()
-        assert states(db, bq) == ["NO_HEARTBEAT", "RUNNING"]
-        assert (held.state, held.crashes, held.attempts) == ("PENDING", 2, 0)
-        assert [event.type for event in held.events] == ["CRASHED"]
-        assert parked.state == "PROCESSING"
+        assert (states(db, bq), buried) == (["NO_HEARTBEAT", "RUNNING"], [first])
         assert not second.beat()
-
-
-def test_too_many_crashes_fail_a_task(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, make_heartbeat: MakeHeartbeat
-) -> None:
-    with app.app_context():
-        task = bq.Task(module="m", name="f", state="PROCESSING", claims=3, crashes=2)
-        db.session.add(task)
-        db.session.commit()
-        make_heartbeat().beat()
-        db.session.rollback()
-        assert (task.state, task.crashes) == ("FAILED", 3)
-        assert "died 3 times" in task.error_message
-        assert task.finished_at is not None
+        assert first.beat()
+        assert buried == [first]
 
 
 def test_after_an_outage_the_first_to_come_back_lets_the_others_beat(
@@ -100,18 +90,11 @@ def test_after_an_outage_the_first_to_come_back_lets_the_others_beat(
     """The database was away for all of them, and none is dead."""
     with app.app_context():
         first, second = make_heartbeat(), make_heartbeat()
-        task = bq.Task(module="m", name="f", state="PROCESSING", claims=1)
-        task.worker_id = second._worker_id
-        db.session.add(task)
-        db.session.commit()
         assert first.beat()
         fall_silent(db, bq, 60)
         first._last_beat -= 60
-        first._next_search = 0.0
         assert first.beat()
         assert states(db, bq) == ["RUNNING", "RUNNING"]
-        db.session.refresh(task)
-        assert (task.state, task.crashes) == ("PROCESSING", 0)
         assert second.beat()
 
 
@@ -142,11 +125,12 @@ def test_a_worker_that_starts_lets_the_others_beat_before_it_declares_any_dead(
         first.stop()
 
 
-def test_a_refused_end_of_backends_does_not_keep_tasks_from_being_taken_over(
+def test_a_refused_end_of_backends_keeps_nobody_from_being_declared_dead(
     app: Flask,
     db: SQLAlchemy,
     bq: BeanQueue,
     make_heartbeat: MakeHeartbeat,
+    buried: list[Heartbeat],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -155,27 +139,8 @@ def test_a_refused_end_of_backends_does_not_keep_tasks_from_being_taken_over(
 
     monkeypatch.setattr(bq.queries, "terminate", refuse)
     with app.app_context():
-        task = bq.Task(module="m", name="f", state="PROCESSING", claims=1)
-        db.session.add(task)
-        db.session.commit()
-        assert make_heartbeat().beat()
-        db.session.refresh(task)
-        assert task.state == "PENDING"
+        first, _ = make_heartbeat(), make_heartbeat()
+        fall_silent(db, bq, 31)
+        assert first.beat()
+        assert (states(db, bq), buried) == (["NO_HEARTBEAT", "RUNNING"], [first])
     assert "cannot be ended: permission denied" in caplog.text
-
-
-def test_tasks_that_somebody_has_locked_are_taken_over_later(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, make_heartbeat: MakeHeartbeat
-) -> None:
-    with app.app_context():
-        db.session.add(bq.Task(module="m", name="f", state="PROCESSING", claims=1))
-        db.session.commit()
-        heartbeat = make_heartbeat()
-        locked: Any = db.session.scalars(sa.select(bq.Task).with_for_update()).one()
-        assert heartbeat.beat()
-        db.session.rollback()
-        assert locked.state == "PROCESSING"
-        heartbeat._next_search = 0.0
-        assert heartbeat.beat()
-        db.session.rollback()
-        assert locked.state == "PENDING"

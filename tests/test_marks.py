@@ -47,7 +47,7 @@ def test_channels_of_one_priority_come_first_in_turn() -> None:
 
 
 def test_claims_move_the_mark_of_their_own_level_only() -> None:
-    claim = Claim("(0,1)", uuid.UUID(int=1), 1, "default", "app", "f", "{}", 0, 3.0, 0, 0, None)
+    claim = Claim("(0,1)", uuid.UUID(int=1), 1, "default", "app", "f", "{}", 0, 3.0, 0, 0, 0, None)
     marks = Marks(["default", "other"])
     marks.passed([claim], wanted=1)
     levels = {level.channel: level.mark for level in marks.turn()}

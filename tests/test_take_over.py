@@ -1,0 +1,243 @@
+"""What becomes of the tasks of dead workers."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+
+from flask_beanqueue import BeanQueue, task_failed, writer
+from flask_beanqueue.connection import connect
+from flask_beanqueue.models import uuid7
+from flask_beanqueue.writer import Writer
+
+from .probe import Probe
+
+Work = Callable[..., None]
+
+
+@pytest.fixture
+def other(app: Flask, bq: BeanQueue) -> Writer:
+    """The writer of a worker of which there is nothing else."""
+    return Writer(app, bq, 500, lambda claim, waits: None)
+
+
+@pytest.fixture
+def take_over(app: Flask, bq: BeanQueue, other: Writer) -> Iterator[Callable[[], None]]:
+    connection = connect(bq.engine(app))
+    yield lambda: other.take_over(connection, 3)
+    connection.close()
+
+
+def add_worker(app: Flask, bq: BeanQueue, state: str) -> Any:
+    with contextlib.closing(connect(bq.engine(app))) as connection:
+        worker_id = uuid7()
+        bq.queries.add_worker(connection, worker_id, "gone", ["default"])
+        connection.execute(
+            sa.update(bq.Worker).where(bq.Worker.id == worker_id).values(state=state)
+        )
+    return worker_id
+
+
+def held(bq: BeanQueue, worker_id: Any = None, **columns: Any) -> Any:
+    columns = {"module": "m", "name": "f", "state": "PROCESSING", "claims": 1} | columns
+    return bq.Task(worker_id=worker_id, **columns)
+
+
+@pytest.mark.parametrize(
+    ("worker", "state", "crashes"),
+    [
+        ("RUNNING", "PROCESSING", 0),
+        ("NO_HEARTBEAT", "PENDING", 1),
+        ("SHUTDOWN", "PENDING", 0),
+        (None, "PENDING", 1),
+    ],
+)
+def test_tasks_of_workers_that_are_gone_wait_again(
+    app: Flask,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    take_over: Callable[[], None],
+    worker: str | None,
+    state: str,
+    crashes: int,
+) -> None:
+    with app.app_context():
+        task = held(bq, worker and add_worker(app, bq, worker))
+        parked = held(bq, parked=True)
+        db.session.add_all([task, parked])
+        db.session.commit()
+        take_over()
+        assert (task.state, task.crashes, task.attempts) == (state, crashes, 0)
+        assert [event.type for event in task.events] == ["CRASHED"] * crashes
+        assert (parked.state, parked.crashes) == ("PROCESSING", 0)
+
+
+def test_too_many_crashes_fail_a_task(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, take_over: Callable[[], None]
+) -> None:
+    with app.app_context():
+        task = held(bq, crashes=2)
+        db.session.add(task)
+        db.session.commit()
+        take_over()
+        assert (task.state, task.crashes) == ("FAILED", 3)
+        assert "died 3 times" in task.error_message
+        assert task.finished_at is not None
+
+
+def test_a_thousand_and_one_are_taken_over_at_once(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, take_over: Callable[[], None]
+) -> None:
+    with app.app_context():
+        db.session.add_all(held(bq) for _ in range(writer.TAKE_OVER_SIZE + 1))
+        db.session.commit()
+        take_over()
+        assert set(db.session.scalars(sa.select(bq.Task.state))) == {"PENDING"}
+
+
+def test_tasks_that_somebody_has_locked_are_taken_over_later(
+    app: Flask,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    other: Writer,
+    take_over: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(writer, "LOCKED_AGAIN", 0.0)
+    with app.app_context():
+        locked, free = held(bq), held(bq)
+        db.session.add_all([locked, free])
+        db.session.commit()
+        locked_id, free_id = locked.id, free.id
+        db.session.get_one(bq.Task, locked_id, with_for_update=True)
+        take_over()
+        take_over()
+        with bq.engine(app).connect() as connection:
+            query = sa.select(bq.Task.__table__.c.id, bq.Task.__table__.c.state)
+            states = {row.id: row.state for row in connection.execute(query)}
+        assert states == {locked_id: "PROCESSING", free_id: "PENDING"}
+        db.session.rollback()
+        take_over()
+        assert [locked.state, locked.crashes, free.crashes] == ["PENDING", 1, 1]
+
+
+def test_an_outcome_that_is_refused_holds_up_no_other_and_is_given_up_in_the_end(
+    app: Flask,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    take_over: Callable[[], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A trigger of the app's own refuses whatever becomes of one task."""
+    with app.app_context():
+        db.session.execute(
+            sa.text("ALTER TABLE bq_tasks ADD CHECK (func_name <> 'odd' OR state = 'PROCESSING')")
+        )
+        odd, *others = (held(bq, name=name) for name in ("odd", "f", "f"))
+        db.session.add_all([odd, *others])
+        db.session.commit()
+        take_over()
+        take_over()
+        assert [task.state for task in (odd, *others)] == ["PROCESSING", "PENDING", "PENDING"]
+    assert caplog.text.count("nothing can be written of it") == 1
+
+
+def test_events_that_cannot_be_written_keep_no_task_from_being_taken_over(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, take_over: Callable[[], None]
+) -> None:
+    with app.app_context():
+        db.session.execute(sa.text("ALTER TABLE bq_events ADD CHECK (type <> 'CRASHED')"))
+        task = held(bq)
+        db.session.add(task)
+        db.session.commit()
+        take_over()
+        assert (task.state, task.crashes, task.events) == ("PENDING", 1, [])
+
+
+def test_a_task_that_is_taken_over_by_two_is_counted_once(
+    app: Flask,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    take_over: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Both find it, and the fence lets one of them write."""
+    find = bq.queries.orphans
+    found: list[Any] = []
+
+    def both(connection: Any, limit: int, known: Any) -> Any:
+        orphans = find(connection, limit, known)
+        if not found:
+            found.extend(orphans)
+            take_over()
+        return orphans
+
+    with app.app_context():
+        task = held(bq)
+        db.session.add(task)
+        db.session.commit()
+        second = Writer(app, bq, 500, lambda claim, waits: None)
+        monkeypatch.setattr(bq.queries, "orphans", both)
+        with contextlib.closing(connect(bq.engine(app))) as connection:
+            second.take_over(connection, 3)
+        assert len(found) == 1
+        assert (task.state, task.crashes, len(task.events)) == ("PENDING", 1, 1)
+    assert "no longer this worker's" not in caplog.text
+
+
+def test_a_worker_takes_over_when_it_starts_and_before_a_burst_ends(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work, Note: Any
+) -> None:
+    @bq.processor()
+    def first(db: Any) -> None:
+        # Another worker dies meanwhile.
+        with bq.engine(app).begin() as connection:
+            connection.execute(
+                sa.insert(bq.Task.__table__).values(
+                    module=first.module, func_name="second", state="PROCESSING", claims=1
+                )
+            )
+
+    @bq.processor()
+    def second(db: Any) -> None:
+        db.add(Note(text="done"))
+
+    with app.app_context():
+        db.session.add(held(bq, module=first.module, name="first"))
+        db.session.commit()
+        work()
+        assert set(db.session.scalars(sa.select(bq.Task.state))) == {"DONE"}
+        assert list(db.session.scalars(sa.select(Note.text))) == ["done"]
+
+
+def test_a_slow_receiver_does_not_hold_up_the_heartbeat(
+    make_app: Any, db: SQLAlchemy, bq: BeanQueue, probe: Probe
+) -> None:
+    """It hears of tasks that were taken over in the worker's loop, not in the heartbeat."""
+    app = make_app(db, bq, BQ_WORKER_HEARTBEAT_PERIOD=0.05)
+    beats = threading.Semaphore(0)
+    heard = []
+
+    def count(connection: Any, cursor: Any, statement: str, *rest: Any) -> None:
+        if "WITH beat" in statement:
+            beats.release()
+
+    def receive(sender: Any, task: Any, **rest: Any) -> None:
+        while beats.acquire(blocking=False):
+            pass
+        heard.append([beats.acquire(timeout=30) for _ in range(3)])
+
+    sa.event.listen(bq.engine(app), "before_cursor_execute", count)
+    with app.app_context(), task_failed.connected_to(receive, app):
+        db.session.add(held(bq, crashes=2))
+        db.session.commit()
+        bq.process_tasks(["default"], app=app, burst=True)
+    assert heard == [[True] * 3]
