@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import typing as t
 import uuid
 
@@ -57,17 +58,26 @@ class Line:
             self._connection = None
 
 
+def renew(connection: t.Any, record: t.Any, proxy: t.Any) -> None:
+    """When the pool hands out a connection that carries the name of a worker that has gone: let
+    it connect anew."""
+    gone = record.info.get("beanqueue")
+    if gone is not None and gone.is_set():
+        raise sa.exc.DisconnectionError
+
+
 @contextlib.contextmanager
 def named(engines: t.Iterable[Engine], worker_id: uuid.UUID) -> t.Iterator[None]:
     """Let all connections that the engines hand out carry the worker's name, so that another
-    worker can end them when this one is frozen."""
+    worker can end them when this one is frozen; and no longer, once it has gone."""
     name = application_name(worker_id)
+    gone = threading.Event()
 
     def do_connect(
         dialect: t.Any, record: t.Any, args: list[t.Any], kwargs: dict[str, t.Any]
     ) -> None:
         kwargs["application_name"] = name
-        record.info["beanqueue"] = name
+        record.info["beanqueue"] = gone
 
     def checkout(connection: t.Any, record: t.Any, proxy: t.Any) -> None:
         if "beanqueue" not in record.info:  # connected before: the pool connects it anew
@@ -78,9 +88,12 @@ def named(engines: t.Iterable[Engine], worker_id: uuid.UUID) -> t.Iterator[None]
     for engine in engines:
         for listener in listeners:
             sa.event.listen(engine, listener.__name__, listener)
+        if not sa.event.contains(engine, "checkout", renew):
+            sa.event.listen(engine, "checkout", renew)
     try:
         yield
     finally:
+        gone.set()
         for engine in engines:
             for listener in listeners:
                 sa.event.remove(engine, listener.__name__, listener)

@@ -49,6 +49,7 @@ class Crew:
         self._perform = perform
         self._on_news = on_news
         self._many = many
+        self._counting = threading.Lock()
         self._ready: queue.SimpleQueue[Claim | None] = queue.SimpleQueue()
         #: By thread, when its task began.
         self._began: dict[int, float] = {}
@@ -115,7 +116,9 @@ class Crew:
             ended = time.monotonic()
             mean = ended - began if self._mean is None else self._mean
             self._mean = mean + NEWEST * (ended - began - mean)
-            self.done.append(Done(ended, claim, outcome))
+            with self._counting:  # or two threads would pass a number that is news
+                self.done.append(Done(ended, claim, outcome))
+                count = len(self.done)
             del self._began[number]
-            if self._ready.empty() or len(self.done) in (1, self._many):
+            if self._ready.empty() or count in (1, self._many):
                 self._on_news()

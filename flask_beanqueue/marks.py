@@ -18,6 +18,8 @@ LOOK_SHARE = 20
 LOOK_WITHIN = 1.0
 #: Seconds between two looks of a worker that finds enough behind its marks, at least.
 LOOK_BUSY = 0.25
+#: Looks that in a row find what is due and cannot be had.
+FRUITLESS = 8
 #: Levels that are kept in mind although nothing waits there.
 MANY_LEVELS = 100
 
@@ -113,6 +115,11 @@ class Marks:
 
     def may_look(self, *, busy: bool = False) -> bool:
         return time.monotonic() >= self.next_look + (LOOK_BUSY if busy else 0.0)
+
+    @property
+    def in_vain(self) -> bool:
+        """Whether what is due has not been had for a while: others have it locked."""
+        return self._fruitless >= FRUITLESS
 
     def seen(self, look: Look, took: float) -> bool:
         """Take in what a look found, and tell whether anything is due.

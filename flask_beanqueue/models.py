@@ -465,6 +465,16 @@ def require(model: t.Any, mixin: type) -> None:
             f"{model.__module__}.{model.__name__} has no column {', '.join(missing)}."
             f" Let it derive from flask_beanqueue.{' and '.join(mixins)}."
         )
+    if mixin is TaskModelMixin:
+        return  # tasks with columns of their own may be made by the app alone
+    for column in model.__table__.columns:
+        filled = column.nullable or column.server_default is not None or column.identity is not None
+        if not filled and column.key not in columns:
+            raise TypeError(
+                f"{model.__module__}.{model.__name__}.{column.key} cannot be empty, and the queue,"
+                " which writes these rows, knows nothing to fill it with. Give it a server_default,"
+                " or make it nullable."
+            )
 
 
 def add_constraints(models: Models) -> None:

@@ -8,6 +8,8 @@ from .claim import Claim
 
 #: Seconds that it waits at first until nothing else is held; nothing is claimed meanwhile.
 PATIENCE = 0.5
+#: Longest such wait.
+MOST_PATIENCE = 60.0
 #: How many times that long the worker then leaves suspects alone.
 REST = 10
 
@@ -29,7 +31,7 @@ class Suspect:
 
     @property
     def welcome(self) -> bool:
-        """Whether one may be claimed."""
+        """Whether one may be claimed by a worker that holds other tasks, too."""
         return self.claim is None and time.monotonic() >= self._next
 
     @property
@@ -54,7 +56,7 @@ class Suspect:
         if time.monotonic() < self.until:
             return None
         self._next = time.monotonic() + REST * self._patience
-        self._patience *= 2
+        self._patience = min(2 * self._patience, MOST_PATIENCE)
         self.until = float("inf")
         return self.claim
 

@@ -321,14 +321,14 @@ class Worker:
         now = time.monotonic()
         due = self._marks.seen(look, now - start)
         self._looked = True
-        if look.suspects and self._suspect.welcome:
+        if look.suspects and (self._suspect.welcome or not self._writer.held):
             claim = self.queue.queries.claim_suspect(connection, self.id, self.channels)
             if claim is not None:
                 self._writer.held.add(claim)
                 self._suspect.took(claim)
                 return False
+        self._empty = not due or self._marks.in_vain
         if not due:
-            self._empty = True
             pause = self._poll_timeout if look.next_due is None else look.next_due
             self._quiet_until = now + min(pause, self._poll_timeout)
         return due

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 
 from flask_beanqueue.claim import Claim
-from flask_beanqueue.marks import MANY_LEVELS, NIL, Front, Look, Marks
+from flask_beanqueue.marks import FRUITLESS, MANY_LEVELS, NIL, Front, Look, Marks
 
 
 def look(*priorities: int, at: float = 1.0) -> Look:
@@ -28,6 +28,18 @@ def test_levels_where_nothing_waits_are_forgotten_once_there_are_many() -> None:
     assert len(marks.turn()) > 0
     marks.seen(look(7, 8), 0.0)
     assert [level.priority for level in marks.turn()] == [7, 8]
+
+
+def test_looks_that_find_what_cannot_be_had_are_told() -> None:
+    """Somebody keeps the row locked, say."""
+    marks = Marks(["default"])
+    for _ in range(FRUITLESS):
+        assert not marks.in_vain
+        marks.seen(look(0), 0.0)
+        marks.passed([], wanted=1)
+    assert marks.in_vain
+    marks.seen(look(), 0.0)
+    assert not marks.in_vain
 
 
 def test_a_mark_goes_back_for_what_it_has_passed_and_then_returns() -> None:

@@ -477,6 +477,37 @@ def test_an_own_worker_without_the_queues_columns_is_refused(db: Any) -> None:
         BeanQueue(db=db, worker_model=Machine)
 
 
+@pytest.mark.parametrize(
+    ("column", "fits"),
+    [
+        (sa.Column(sa.Text), True),
+        (sa.Column(sa.Text, nullable=False, server_default="unknown"), True),
+        (sa.Column(sa.Text, sa.Computed("'text'"), nullable=False), True),
+        (sa.Column(sa.Text, nullable=False, default="unknown"), False),
+        (sa.Column(sa.Text, nullable=False), False),
+    ],
+    ids=["nullable", "server default", "computed", "default", "none"],
+)
+@pytest.mark.parametrize("kind", ["worker", "event"])
+def test_an_own_column_that_the_queue_cannot_fill_is_refused(
+    db: Any, kind: str, column: Any, fits: bool
+) -> None:
+    """It writes workers and events with SQL of its own, which knows no default of the ORM's."""
+    mixins = {
+        "worker": (fbq.WorkerModelMixin,),
+        "event": (fbq.EventModelMixin, fbq.EventModelRefTaskMixin),
+    }
+    # Copied, for a column belongs to one table.
+    body = {"__tablename__": "own", "site": column._copy()}
+    model: Any = type("Own", (*mixins[kind], db.Model), body)
+    own: dict[str, Any] = {f"{kind}_model": model}
+    if fits:
+        BeanQueue(db=db, **own)
+        return
+    with pytest.raises(TypeError, match=r"Own\.site cannot be empty.*server_default"):
+        BeanQueue(db=db, **own)
+
+
 def test_an_own_event_without_its_task_is_told_the_mixin_for_it(db: Any) -> None:
     class Happening(fbq.EventModelMixin, db.Model):  # type: ignore[misc]
         pass

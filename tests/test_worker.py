@@ -419,6 +419,31 @@ def test_a_task_that_was_in_a_crash_gives_way_to_others_and_is_done_in_the_end(
         wait_until(db, lambda: suspect.state == "DONE")
 
 
+def test_a_task_that_was_in_a_crash_is_not_left_waiting_by_an_idle_worker(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has given way to a long task, would have to rest, and then there is nothing else to do."""
+    monkeypatch.setattr("flask_beanqueue.suspect.REST", 1000)
+    gate = threading.Event()
+
+    @bq.processor()
+    def long() -> None:
+        log.add("long")
+        gate.wait(60)
+
+    with app.app_context(), running(app, bq, concurrency=2):
+        long.enqueue()
+        db.session.commit()
+        log.wait(1)
+        suspect = note.run(number=-1)
+        suspect.crashes = 1
+        db.session.add(suspect)
+        db.session.commit()
+        wait_until(db, lambda: (suspect.claims, suspect.state) == (1, "PENDING"))
+        gate.set()
+        log.wait(2)
+
+
 def test_a_worker_that_leaves_gives_back_a_task_that_waits_to_be_alone(
     app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -510,6 +535,26 @@ def test_a_locked_row_is_passed_and_done_later(
             log.wait(2)
         log.wait(3)
     assert set(log) == {1, 2, 3}
+
+
+def test_a_burst_leaves_what_it_cannot_have(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, work: Work, log: Log
+) -> None:
+    with app.app_context():
+        for number in (1, 2):
+            note.enqueue(number=number)
+        suspect = note.run(number=3)
+        suspect.crashes = 1
+        db.session.add(suspect)
+        db.session.commit()
+        db.session.execute(
+            sa.select(bq.Task).where(bq.Task.kwargs["number"].as_integer() > 1).with_for_update()
+        )
+        work()
+        assert log == [1]
+        db.session.rollback()
+    work()
+    assert sorted(log) == [1, 2, 3]
 
 
 def test_an_idle_worker_sends_nothing_but_its_heartbeats(
@@ -676,6 +721,31 @@ def test_connections_from_before_the_worker_get_its_name(
     with app.app_context():
         [worker] = db.session.scalars(sa.select(bq.Worker))
     assert log == [f"beanqueue {worker.id}"]
+
+
+def test_connections_do_not_keep_the_name_of_a_worker_that_has_gone(
+    app: Flask, bq: BeanQueue, work: Work
+) -> None:
+    """Or those of a web process would be ended for a worker that ran there and was declared
+    dead."""
+
+    @bq.processor()
+    def read(db: Any) -> None:
+        db.scalar(sa.text("SELECT 1"))  # its connection goes back to the pool
+
+    def connections() -> set[Any]:
+        with contextlib.ExitStack() as stack:
+            opened = [stack.enter_context(bq.engine(app).connect()) for _ in range(3)]
+            query = "SELECT pg_backend_pid(), current_setting('application_name')"
+            return {tuple(each.execute(sa.text(query)).one()) for each in opened}
+
+    with app.app_context():
+        read.enqueue()
+        bq.db.session.commit()
+    work()
+    after = connections()
+    assert not any("beanqueue" in name for _, name in after)
+    assert connections() == after  # once anew is enough
 
 
 def test_several_apps_in_one_process_each_do_their_own_tasks(
