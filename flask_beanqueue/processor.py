@@ -17,7 +17,7 @@ from .claim import current_task_id
 from .models import TaskModelMixin
 from .options import Options
 from .queue import Queue
-from .retry import RetryPolicy
+from .retry import RetryPolicy, check_policy
 
 P = t.ParamSpec("P")
 R = t.TypeVar("R")
@@ -80,8 +80,7 @@ class Processor(t.Generic[P, R_co]):
             )
         if inspect.isgeneratorfunction(func) or inspect.isasyncgenfunction(func):
             raise TypeError(f"{self.name} is a generator function: nothing in it would run.")
-        if retry_policy is not None and not callable(retry_policy):
-            raise TypeError(f"{self.name}: retry_policy must be callable, not {retry_policy!r}")
+        check_policy(retry_policy)
         check_exceptions(self.retry_exceptions)
         signature = inspect.signature(func)
         for parameter in signature.parameters.values():

@@ -21,6 +21,14 @@ class Attempted(t.Protocol):
 RetryPolicy = t.Callable[[t.Any], Verdict]
 
 
+def check_policy(policy: t.Any) -> None:
+    if isinstance(policy, type):  # it can be called, but answers no time
+        name = policy.__name__
+        raise TypeError(f"retry_policy is the class {name}; make one: {name}(…)")
+    if policy is not None and not callable(policy):
+        raise TypeError(f"retry_policy must be callable, such as DelayRetry(…), not {policy!r}")
+
+
 class DelayRetry:
     """Try again after a fixed time.
 
@@ -92,8 +100,7 @@ class LimitAttempt:
     def __init__(self, maximum_attempt: int, retry_policy: RetryPolicy | None = None) -> None:
         if not isinstance(maximum_attempt, int):
             raise TypeError(f"maximum_attempt must be a whole number, not {maximum_attempt!r}")
-        if retry_policy is not None and not callable(retry_policy):
-            raise TypeError(f"retry_policy must be callable, not {retry_policy!r}")
+        check_policy(retry_policy)
         if maximum_attempt < 1:
             raise ValueError(f"maximum_attempt must be 1 or more, not {maximum_attempt}")
         self.maximum_attempt = maximum_attempt

@@ -18,7 +18,7 @@ from flask_sqlalchemy import SQLAlchemy
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from flask_beanqueue import ArgumentError, BeanQueue, Processor
+from flask_beanqueue import ArgumentError, BeanQueue, DelayRetry, Processor
 
 from .probe import query
 
@@ -146,9 +146,18 @@ def test_retry_exceptions_are_exceptions(bq: BeanQueue, exceptions: Any) -> None
         bq.processor(retry_exceptions=exceptions)(lambda: None)
 
 
-def test_a_retry_policy_can_be_called(bq: BeanQueue) -> None:
-    with pytest.raises(TypeError, match="retry_policy must be"):
-        bq.processor(retry_policy=3)(lambda: None)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (3, r"retry_policy must be callable, such as DelayRetry\(…\), not 3"),
+        (DelayRetry, r"retry_policy is the class DelayRetry; make one: DelayRetry\(…\)"),
+    ],
+)
+def test_a_retry_policy_can_be_called_and_is_no_class(
+    bq: BeanQueue, policy: Any, message: str
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        bq.processor(retry_policy=policy)(lambda: None)
 
 
 # run: a task that is in no session.

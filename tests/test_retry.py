@@ -125,6 +125,7 @@ def test_a_limit_asks_the_policy_that_it_is_given() -> None:
         (lambda: LimitAttempt(0), ValueError, "maximum_attempt must be 1 or more, not 0"),
         (lambda: LimitAttempt(DelayRetry(HOUR)), TypeError, "maximum_attempt must be a whole"),
         (lambda: LimitAttempt(3, HOUR), TypeError, "retry_policy must be callable"),
+        (lambda: LimitAttempt(3, DelayRetry), TypeError, "is the class DelayRetry; make one"),
     ],
 )
 def test_a_policy_that_makes_no_sense_is_refused(
