@@ -82,6 +82,10 @@ class Processor(t.Generic[P, R_co]):
             raise TypeError(f"{self.name} is a generator function: nothing in it would run.")
         check_policy(retry_policy)
         check_exceptions(self.retry_exceptions)
+        if retry_policy is None and retry_exceptions is not None:
+            raise TypeError(
+                "retry_exceptions has no effect without a retry_policy: give one, or leave it out."
+            )
         signature = inspect.signature(func)
         for parameter in signature.parameters.values():
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):

@@ -160,6 +160,12 @@ def test_a_retry_policy_can_be_called_and_is_no_class(
         bq.processor(retry_policy=policy)(lambda: None)
 
 
+@pytest.mark.parametrize("exceptions", [OSError, (OSError, ValueError), ()])
+def test_retry_exceptions_without_a_policy_are_refused(bq: BeanQueue, exceptions: Any) -> None:
+    with pytest.raises(TypeError, match="retry_exceptions has no effect without a retry_policy"):
+        bq.processor(retry_exceptions=exceptions)(lambda: None)
+
+
 # run: a task that is in no session.
 
 
