@@ -60,6 +60,11 @@ class Processor(t.Generic[P, R_co]):
         retry_exceptions: Exceptions | None = None,
         auto_complete: bool = True,
     ) -> None:
+        if isinstance(func, Processor):
+            raise TypeError(
+                f"{func!r} is a processor already: take the second @bq.processor(…) away."
+                " One task may go to another channel with .using(channel=…)."
+            )
         self.queue = queue
         self.func = func
         self.options = options

@@ -166,6 +166,12 @@ def test_retry_exceptions_without_a_policy_are_refused(bq: BeanQueue, exceptions
         bq.processor(retry_exceptions=exceptions)(lambda: None)
 
 
+def test_a_processor_of_a_processor_is_refused(bq: BeanQueue, resize: Any) -> None:
+    with pytest.raises(TypeError, match=r"\.resize on 'images'> is a processor already.*\.using\("):
+        bq.processor(channel="videos")(resize)
+    assert list(bq.registry) == [resize]
+
+
 # run: a task that is in no session.
 
 
