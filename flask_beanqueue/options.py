@@ -49,6 +49,13 @@ def check_channel(channel: t.Any) -> None:
         raise ValueError(f"channel must not be empty or hold U+0000: {channel!r}")
 
 
+def check_count(name: str, number: t.Any) -> None:
+    if not isinstance(number, int) or isinstance(number, bool):  # True is an int to Python
+        raise TypeError(f"{name} must be a whole number, not {number!r}")
+    if number < 1:
+        raise ValueError(f"{name} must be 1 or more, not {number}")
+
+
 def check_aware(name: str, moment: t.Any) -> None:
     if not isinstance(moment, datetime.datetime):
         raise TypeError(f"{name} must be a datetime.datetime, not {moment!r}")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import math
 import random
 import typing as t
+
+from .options import check_count
 
 #: What a policy answers: after how long, or when (with a time zone), or None for never.
 Verdict = datetime.timedelta | datetime.datetime | None
@@ -72,8 +75,11 @@ class ExponentialBackoffRetry:
                 raise TypeError(f"{name} must be a datetime.timedelta, not {value!r}")
         if base < datetime.timedelta(0) or maximum < base:
             raise ValueError("base must not be negative, and maximum not be less than base")
-        if not factor >= 1:
-            raise ValueError(f"factor must be 1 or more, not {factor}")
+        for name, number in (("factor", factor), ("jitter", jitter)):
+            if not isinstance(number, (int, float)) or isinstance(number, bool):
+                raise TypeError(f"{name} must be a number, not {number!r}")
+        if not 1 <= factor < math.inf:
+            raise ValueError(f"factor must be 1 or more, and finite, not {factor}")
         if not 0 <= jitter <= 1:
             raise ValueError(f"jitter must be between 0 and 1, not {jitter}")
         self.base = base
@@ -98,11 +104,8 @@ class LimitAttempt:
     """
 
     def __init__(self, maximum_attempt: int, retry_policy: RetryPolicy | None = None) -> None:
-        if not isinstance(maximum_attempt, int):
-            raise TypeError(f"maximum_attempt must be a whole number, not {maximum_attempt!r}")
+        check_count("maximum_attempt", maximum_attempt)
         check_policy(retry_policy)
-        if maximum_attempt < 1:
-            raise ValueError(f"maximum_attempt must be 1 or more, not {maximum_attempt}")
         self.maximum_attempt = maximum_attempt
         self.retry_policy = retry_policy
 

@@ -27,8 +27,8 @@ FLOORS = """
     queries
     models
     marks
-    supervisor bell listen signals options
-    arguments retry config claim log errors
+    supervisor bell listen signals retry
+    arguments options config claim log errors
 """
 FLOOR = {
     module: number
