@@ -23,7 +23,7 @@ class Options:
 
     def __post_init__(self) -> None:
         check_channel(self.channel)
-        if not isinstance(self.priority, int) or not -(2**31) <= self.priority < 2**31:
+        if not is_whole(self.priority) or not -(2**31) <= self.priority < 2**31:
             raise ValueError(f"priority must be a whole number of 32 bits, not {self.priority!r}")
         if self.delay is not None:
             if self.scheduled_at is not None:
@@ -49,8 +49,12 @@ def check_channel(channel: t.Any) -> None:
         raise ValueError(f"channel must not be empty or hold U+0000: {channel!r}")
 
 
+def is_whole(number: t.Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool)  # which is an int to Python
+
+
 def check_count(name: str, number: t.Any) -> None:
-    if not isinstance(number, int) or isinstance(number, bool):  # True is an int to Python
+    if not is_whole(number):
         raise TypeError(f"{name} must be a whole number, not {number!r}")
     if number < 1:
         raise ValueError(f"{name} must be 1 or more, not {number}")

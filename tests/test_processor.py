@@ -25,6 +25,7 @@ from .probe import query
 Work = Callable[..., None]
 
 NOON = datetime.datetime(2030, 1, 1, 12, tzinfo=datetime.UTC)
+HOUR = datetime.timedelta(hours=1)
 
 
 @pytest.fixture
@@ -573,8 +574,17 @@ def test_a_delay_that_is_over_is_no_delay(
         ({"delay": 5}, TypeError, "delay must be a datetime.timedelta, not 5"),
         ({"priority": "high"}, ValueError, "priority must be a whole number of 32 bits"),
         ({"priority": 2**31}, ValueError, "priority must be a whole number of 32 bits"),
+        ({"priority": -(2**31) - 1}, ValueError, "whole number of 32 bits, not -2147483649"),
+        ({"priority": True}, ValueError, "priority must be a whole number of 32 bits, not True"),
+        ({"priority": 1.0}, ValueError, r"priority must be a whole number of 32 bits, not 1\.0"),
         ({"channel": ""}, ValueError, "channel must not be empty"),
+        ({"channel": "a\0b"}, ValueError, r"channel must not be empty or hold U\+0000: 'a\\x00b'"),
         ({"channel": b"a"}, TypeError, "channel must be text"),
+        ({"channel": False}, TypeError, "channel must be text, not False"),
+        ({"scheduled_at": 0}, TypeError, "scheduled_at must be a datetime.datetime, not 0"),
+        ({"scheduled_at": HOUR}, TypeError, "scheduled_at must be a datetime.datetime, not"),
+        ({"delay": NOON}, TypeError, "delay must be a datetime.timedelta, not"),
+        ({"delay": False}, TypeError, "delay must be a datetime.timedelta, not False"),
     ],
 )
 def test_wrong_options_are_refused(
