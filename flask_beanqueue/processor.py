@@ -197,6 +197,12 @@ class Processor(t.Generic[P, R_co]):
         :raises ArgumentError: naming the first set of arguments that does not fit; then none is
             inserted.
         """
+        # A dict or text can be iterated over, too, but not by task.
+        if isinstance(arguments, (t.Mapping, str, bytes)) or not isinstance(arguments, t.Iterable):
+            raise ArgumentError(
+                f"{self.name}: enqueue_many takes a list with a dict of arguments for each task,"
+                f" not {arguments!r}. For a single task, use enqueue."
+            )
         rows = []
         for number, kwargs in enumerate(arguments):
             if not isinstance(kwargs, t.Mapping):

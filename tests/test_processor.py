@@ -6,6 +6,7 @@ import datetime
 import enum
 import functools
 import json
+import re
 import types
 import uuid
 from collections.abc import Callable, Iterator
@@ -677,6 +678,20 @@ def test_a_bad_item_is_named_and_none_is_inserted(
             resize.enqueue_many([{"width": 1}, {"width": 2}, bad, {"width": 4}])
         db.session.commit()
     assert query(database_url, "SELECT count(*) FROM bq_tasks") == [(0,)]
+
+
+@pytest.mark.parametrize("arguments", [{"width": 1}, {}, "width", b"width", None, 3], ids=repr)
+def test_many_tasks_that_are_no_list_are_refused(
+    app: Flask, db: SQLAlchemy, resize: Any, arguments: Any
+) -> None:
+    message = (
+        f"{resize.name}: enqueue_many takes a list with a dict of arguments for each task, not"
+    )
+    with (
+        app.app_context(),
+        pytest.raises(ArgumentError, match=rf"^{message} {re.escape(repr(arguments))}\."),
+    ):
+        resize.enqueue_many(arguments)
 
 
 # Plain calls.
