@@ -133,11 +133,16 @@ def failed(
         if isinstance(verdict, datetime.timedelta):
             # now() + delay must stay a date that Python can read.
             outcome.delay = min(max(verdict.total_seconds(), 0.0), 100 * 365 * 86400.0)
-        elif verdict is not None:
+        elif isinstance(verdict, datetime.datetime):
             check_aware("The time that a retry policy answers", verdict)
             outcome.scheduled_at = verdict
+        elif verdict is not None:
+            raise TypeError(
+                "A retry policy answers a timedelta, a datetime with a time zone, or None, not"
+                f" {verdict!r}"
+            )
     except BaseException:
-        log.exception("The retry policy of %s raised", claim.label, extra=claim.log_extra())
+        log.exception("The retry policy of %s failed", claim.label, extra=claim.log_extra())
         return outcome
     if verdict is not None:
         outcome.state, outcome.event = PENDING, "RETRIED"

@@ -296,8 +296,9 @@ def raises(task: Any) -> None:
     ("policy", "logged"),
     [
         (raises, "ZeroDivisionError: in the policy"),
-        (lambda task: 5, "must be a datetime.datetime, not 5"),
-        (lambda task: True, "must be a datetime.datetime, not True"),
+        (lambda task: 5, "answers a timedelta, a datetime with a time zone, or None, not 5"),
+        (lambda task: True, "a timedelta, a datetime with a time zone, or None, not True"),
+        (lambda task: DelayRetry(HOUR), "or None, not <flask_beanqueue.retry.DelayRetry object"),
         (lambda task: datetime.datetime(2100, 1, 1), "has no time zone"),
         (lambda task: datetime.datetime.max.replace(tzinfo=datetime.UTC), "is out of range"),
         (lambda: None, "takes 0 positional arguments"),
@@ -310,6 +311,7 @@ def test_a_policy_that_fails_leaves_its_task_failed_with_its_own_error(
     assert (task.state, task.error_message) == ("FAILED", "ValueError: no good")
     assert event_types(task) == ["FAILED"]
     [record] = [each for each in caplog.records if "retry policy" in each.getMessage()]
+    assert record.getMessage() == f"The retry policy of {__name__}.fail {task.id} failed"
     assert record.levelname == "ERROR"
     assert record.task_id == str(task.id)  # type: ignore[attr-defined]
     assert logged in caplog.text
