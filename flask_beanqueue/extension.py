@@ -226,6 +226,8 @@ class BeanQueue(Queue):
         :raises LookupError: if there is no such task.
         :raises TaskStateError: if the task has ended already, or its processor is still running.
         """
+        if not isinstance(error, str):
+            raise TypeError(f"error must be text, not {error!r}; write error=str(e)")
         fence.end(self, as_uuid(task_id), lambda claim: outcomes.ended(claim, error=error))
 
     # Workers.
@@ -277,8 +279,14 @@ class BeanQueue(Queue):
         )
 
 
-def as_uuid(task_id: uuid.UUID | str) -> uuid.UUID:
-    return task_id if isinstance(task_id, uuid.UUID) else uuid.UUID(task_id)
+def as_uuid(task_id: t.Any) -> uuid.UUID:
+    wanted = f"A task's id is wanted, a UUID or its text, not {task_id!r}. Of a task, pass task.id."
+    if not isinstance(task_id, (uuid.UUID, str)):
+        raise TypeError(wanted)
+    try:
+        return uuid.UUID(str(task_id))
+    except ValueError:
+        raise ValueError(wanted) from None
 
 
 def load_model(setting: str, name: str) -> type[t.Any]:

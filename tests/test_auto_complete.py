@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import uuid
 from collections.abc import Callable
@@ -335,6 +336,41 @@ def test_a_result_that_cannot_be_stored_is_refused(
     with app.app_context():
         with pytest.raises(ValueError, match=r"JSON|PostgreSQL cannot store"):
             bq.complete(parked, result=result)
+        db.session.commit()
+    assert row("state, parked") == ("PROCESSING", True)
+
+
+@pytest.mark.parametrize(
+    ("task_id", "error"),
+    [
+        ("", ValueError),
+        ("order-7", ValueError),
+        (7, TypeError),
+        (None, TypeError),
+        (b"", TypeError),
+    ],
+)
+def test_what_is_no_id_is_refused(bq: BeanQueue, task_id: Any, error: type[Exception]) -> None:
+    message = rf"A task's id is wanted, a UUID or its text, not {re.escape(repr(task_id))}\."
+    with pytest.raises(error, match=message):
+        bq.complete(task_id)
+    with pytest.raises(error, match=message):
+        bq.fail(task_id, error="no")
+
+
+def test_a_task_in_place_of_its_id_is_refused(bq: BeanQueue, order: Any) -> None:
+    with pytest.raises(TypeError, match=r"not <BQTask.*>\. Of a task, pass task\.id"):
+        bq.complete(order.run())
+
+
+@pytest.mark.parametrize("error", [None, ValueError("no"), b"no", False], ids=repr)
+def test_an_error_that_is_no_text_is_refused(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, parked: uuid.UUID, row: Any, error: Any
+) -> None:
+    message = re.escape(f"error must be text, not {error!r}; write error=str(e)")
+    with app.app_context():
+        with pytest.raises(TypeError, match=message):
+            bq.fail(parked, error=error)
         db.session.commit()
     assert row("state, parked") == ("PROCESSING", True)
 
