@@ -177,10 +177,14 @@ def crashed(claim: Claim, maximum: int) -> Outcome:
 
 def unknown(claim: Claim, known: int, grace: float) -> Outcome:
     """This worker has no such processor; another one may, in the middle of a deploy."""
-    message = (
-        f"No processor {claim.name} is registered in this worker, which knows {known}."
-        " Is its module imported by the app or named in BQ_PROCESSOR_PACKAGES?"
-    )
+    message = f"No processor {claim.name} is registered in this worker, which knows {known}."
+    if claim.module == "__main__":
+        message += (
+            " A script that was run directly, as python app.py, made this task. Run it as a module"
+            " that can be imported: flask --app app run."
+        )
+    else:
+        message += " Is its module imported by the app or named in BQ_PROCESSOR_PACKAGES?"
     waited = claim.unknown_for
     if waited is not None and waited >= grace:
         message += f" No worker knew it for {waited:.0f} seconds (BQ_UNKNOWN_GRACE)."

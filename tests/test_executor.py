@@ -710,6 +710,34 @@ def test_an_unknown_processor_fails_after_its_grace(
     assert "BQ_UNKNOWN_GRACE" in task.error_message
 
 
+def test_a_task_of_a_script_that_was_run_directly_says_how_to_run_it(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work
+) -> None:
+    def resize() -> str:
+        return "done"
+
+    resize.__module__ = "__main__"  # as in app.py under `python app.py`
+    with app.app_context():
+        # Another process finds no processor of that module; only the script itself does.
+        db.session.add(bq.Task(module="__main__", name="resize"))
+        db.session.commit()
+    work("default")
+    task = only_task(app, bq)
+    assert task.state == "PENDING"
+    assert task.error_message == (
+        "No processor __main__.resize is registered in this worker, which knows 0. A script that"
+        " was run directly, as python app.py, made this task. Run it as a module that can be"
+        " imported: flask --app app run."
+    )
+    with app.app_context():
+        bq.processor()(resize).enqueue()
+        db.session.commit()
+    work()
+    with app.app_context():
+        results = sa.select(bq.Task.result).where(bq.Task.state == "DONE")
+        assert db.session.scalars(results).all() == ["done"]
+
+
 def test_a_policy_that_ends_programs_ends_only_the_task(
     app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work
 ) -> None:
