@@ -90,7 +90,7 @@ class Config:
         for name, (fits, what) in LIMITS.items():
             value = getattr(self, name)
             if value is not None and not fits(value):
-                raise ConfigError(f"{PREFIX}{name} must be {what}.")
+                raise ConfigError(f"{PREFIX}{name} must be {what}, not {value}.")
         if self.WORKER_HEARTBEAT_TIMEOUT < 2 * self.WORKER_HEARTBEAT_PERIOD:
             raise ConfigError(
                 f"{PREFIX}WORKER_HEARTBEAT_TIMEOUT ({self.WORKER_HEARTBEAT_TIMEOUT:g} s) must be"
