@@ -15,6 +15,8 @@ PREFIX = "BQ_"
 
 #: Seconds that a worker can be told to sleep: select() takes no more than 24 days.
 LONGEST = 1e6
+#: Beyond it, a count is a slip, and PostgreSQL's integers end.
+LARGEST = 2**31 - 1
 
 
 class ConfigError(ValueError):
@@ -22,7 +24,7 @@ class ConfigError(ValueError):
 
 
 def _is_count(value: float) -> bool:
-    return value >= 1
+    return 1 <= value <= LARGEST
 
 
 def _is_pause(value: float) -> bool:
@@ -33,7 +35,7 @@ def _is_allowance(value: float) -> bool:
     return 0 <= value < float("inf")
 
 
-_COUNT = (_is_count, "1 or more")
+_COUNT = (_is_count, f"1 or more, at most {LARGEST}")
 _PAUSE = (_is_pause, f"a number of seconds above 0, at most {LONGEST:.0f}")
 _ALLOWANCE = (_is_allowance, "a number of seconds, 0 or more")
 

@@ -95,8 +95,10 @@ def test_a_value_is_read_from_the_text_of_the_environment(
         ("BATCH_SIZE", 1.0, "must be a whole number"),
         ("BATCH_SIZE", True, "must be a whole number"),
         ("BATCH_SIZE", None, "must be a whole number"),
-        ("BATCH_SIZE", 0, "must be 1 or more, not 0"),
-        ("CONCURRENCY", -1, "must be 1 or more, not -1"),
+        ("BATCH_SIZE", 0, "must be 1 or more, at most 2147483647, not 0"),
+        ("BATCH_SIZE", 2**31, "must be 1 or more, at most 2147483647, not 2147483648"),
+        ("CONCURRENCY", -1, "must be 1 or more, at most 2147483647, not -1"),
+        ("CONCURRENCY", 2**31, "at most 2147483647, not 2147483648"),
         ("CONCURRENCY", False, "must be a whole number, not False"),
         ("CONCURRENCY", float("nan"), "must be a whole number, not nan"),
         ("MAX_CRASHES", 0, "must be 1 or more"),
@@ -132,8 +134,9 @@ def test_a_wrong_value_from_the_app_is_refused_by_name(name: str, value: t.Any, 
         ("BATCH_SIZE", "", "must be a whole number, not ''"),
         ("BATCH_SIZE", "1.5", "must be a whole number"),
         ("BATCH_SIZE", "true", "must be a whole number"),
+        ("BATCH_SIZE", "9" * 12, "at most 2147483647, not 999999999999"),
         ("CONCURRENCY", "4.0", "must be a whole number, not 4.0"),
-        ("CONCURRENCY", "-4", "must be 1 or more, not -4"),
+        ("CONCURRENCY", "-4", "must be 1 or more, at most 2147483647, not -4"),
         ("WORKER_HEARTBEAT_PERIOD", "NaN", "above 0, at most 1000000, not nan"),
         ("SHUTDOWN_TIMEOUT", "-Infinity", "0 or more, not -inf"),
         ("POLL_TIMEOUT", "5s", "must be a number of seconds"),
@@ -240,6 +243,7 @@ def loads_or_names_the_setting(
     else:
         for each in NAMES:
             assert is_of_declared_type(each, getattr(config, each.removeprefix("BQ_")))
+        assert 0 < config.poll_timeout < 2**31 / 1000  # what select() takes
         return
     assert name in str(error)
 
