@@ -147,10 +147,14 @@ def check(name: str, value: t.Any, hint: t.Any) -> t.Any:
             return value
         if kind in (str, bool) and isinstance(value, kind):
             return value
-        is_list = isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
-        if kind == list[str] and is_list:
+        if kind == list[str] and isinstance(value, (list, tuple)) and all(map(is_name, value)):
             return list(value)
     raise ConfigError(f"{name} must be {wanted(kinds)}, not {value!r}.")
+
+
+def is_name(value: t.Any) -> bool:
+    """Whether it can be a package's name: an empty part would make it none, or a relative one."""
+    return isinstance(value, str) and all(value.split("."))
 
 
 def parse(name: str, text: str, hint: t.Any) -> t.Any:
@@ -177,7 +181,7 @@ def wanted(kinds: t.Iterable[t.Any]) -> str:
         float: "a number of seconds",
         bool: "true or false",
         str: "text",
-        list[str]: 'a list of text (in the environment: JSON, such as ["my_app.tasks"])',
+        list[str]: 'a list of package names (in the environment: JSON, such as ["my_app.tasks"])',
         types.NoneType: "None",
     }
     return " or ".join(words[kind] for kind in kinds)
