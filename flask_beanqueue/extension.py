@@ -20,7 +20,7 @@ from .claim import current_claim
 from .config import PREFIX, Config, ConfigError
 from .models import make_models
 from .notify import listen_events
-from .options import Options
+from .options import Options, check_channel, check_count, check_text
 from .processor import AnyProcessor, Decorator, Exceptions, Processor
 from .queue import Queue
 from .registry import Registry, import_packages
@@ -253,18 +253,33 @@ class BeanQueue(Queue):
         self.worker(channels, app=app, concurrency=concurrency, burst=burst, name=name).run()
 
     def worker(
-        self, channels: t.Sequence[str] = (), *, app: Flask | None = None, **options: t.Any
+        self,
+        channels: t.Sequence[str] = (),
+        *,
+        app: Flask | None = None,
+        concurrency: int | None = None,
+        burst: bool = False,
+        name: str | None = None,
     ) -> workers.Worker:
         """Make the worker that :meth:`process_tasks` runs, for who needs its ``stop()``."""
         if app is None:
             if not has_app_context():
                 raise RuntimeError("Give app=, or call this in an app context.")
             app = t.cast(t.Any, current_app)._get_current_object()
-        assert app is not None
-        if isinstance(channels, str):
-            raise TypeError(f"channels is a sequence of names: write channels=({channels!r},).")
-        if (concurrency := options.get("concurrency")) is not None and concurrency < 1:
-            raise ValueError(f"concurrency must be 1 or more, not {concurrency}")
+        check_app(app)
+        if isinstance(channels, str) or not isinstance(channels, t.Iterable):
+            example = channels if isinstance(channels, str) else "default"
+            raise TypeError(
+                f"channels is a sequence of names, not {channels!r}: write"
+                f" channels=({example!r},), or leave it out for those of all processors."
+            )
+        channels = tuple(channels)
+        for channel in channels:
+            check_channel(channel)
+        if concurrency is not None:
+            check_count("concurrency", concurrency)
+        if name is not None:
+            check_text("name", name)
         import_packages(self.config(app).PROCESSOR_PACKAGES)
         channels = tuple(dict.fromkeys(channels)) or self.registry.channels
         if not channels:
@@ -275,8 +290,21 @@ class BeanQueue(Queue):
             )
         config = self.config(app)
         return workers.Worker(
-            app, self, self.registry, config, self.engine(app), channels, **options
+            app,
+            self,
+            self.registry,
+            config,
+            self.engine(app),
+            channels,
+            concurrency=concurrency,
+            burst=burst,
+            name=name,
         )
+
+
+def check_app(app: t.Any) -> None:
+    if not isinstance(app, Flask):
+        raise TypeError(f"app must be a Flask app, not {app!r}")
 
 
 def as_uuid(task_id: t.Any) -> uuid.UUID:

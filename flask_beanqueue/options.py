@@ -43,10 +43,14 @@ class Options:
 
 
 def check_channel(channel: t.Any) -> None:
-    if not isinstance(channel, str):
-        raise TypeError(f"channel must be text, not {channel!r}")
-    if not channel or "\0" in channel:
-        raise ValueError(f"channel must not be empty or hold U+0000: {channel!r}")
+    check_text("channel", channel)
+
+
+def check_text(name: str, text: t.Any) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"{name} must be text, not {text!r}")
+    if not text or "\0" in text:
+        raise ValueError(f"{name} must not be empty or hold U+0000: {text!r}")
 
 
 def is_whole(number: t.Any) -> bool:

@@ -353,10 +353,38 @@ def test_fewer_tasks_at_once_than_connections_are_fine(
     bq.process_tasks(["default"], app=app, concurrency=4, burst=True)
 
 
-@pytest.mark.parametrize("concurrency", [0, -1])
-def test_no_tasks_at_once_is_refused(app: Flask, bq: BeanQueue, concurrency: int) -> None:
-    with pytest.raises(ValueError, match="concurrency must be 1 or more"):
-        bq.process_tasks(["default"], app=app, concurrency=concurrency, burst=True)
+@pytest.mark.parametrize("make", ["worker", "process_tasks"])
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"channels": [""]}, ValueError, r"channel must not be empty or hold U\+0000: ''"),
+        ({"channels": ["a", "b\0"]}, ValueError, r"channel must not be empty or hold U\+0000: 'b"),
+        ({"channels": ["a", 5]}, TypeError, "channel must be text, not 5"),
+        ({"channels": [["a"]]}, TypeError, r"channel must be text, not \['a'\]"),
+        ({"channels": b"a"}, TypeError, "channel must be text, not 97"),
+        ({"channels": None}, TypeError, r"not None: write channels=\('default',\), or leave it"),
+        ({"concurrency": 0}, ValueError, "concurrency must be 1 or more, not 0"),
+        ({"concurrency": -1}, ValueError, "concurrency must be 1 or more, not -1"),
+        ({"concurrency": True}, TypeError, "concurrency must be a whole number, not True"),
+        ({"concurrency": 2.0}, TypeError, r"concurrency must be a whole number, not 2\.0"),
+        ({"concurrency": "2"}, TypeError, "concurrency must be a whole number, not '2'"),
+        ({"name": ""}, ValueError, r"name must not be empty or hold U\+0000: ''"),
+        ({"name": "a\0b"}, ValueError, r"name must not be empty or hold U\+0000: 'a"),
+        ({"name": 5}, TypeError, "name must be text, not 5"),
+        ({"app": "app"}, TypeError, "app must be a Flask app, not 'app'"),
+        ({"treads": 2}, TypeError, r"unexpected keyword argument 'treads'"),
+    ],
+)
+def test_a_worker_with_wrong_options_is_refused(
+    app: Flask,
+    bq: BeanQueue,
+    make: str,
+    options: dict[str, Any],
+    error: type[Exception],
+    message: str,
+) -> None:
+    with pytest.raises(error, match=message):
+        getattr(bq, make)(**{"channels": ["default"], "app": app, **options})
 
 
 def test_a_name_of_ones_own_is_in_the_workers_row(

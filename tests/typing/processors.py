@@ -206,4 +206,7 @@ bq.complete(str(uuid.uuid4()))
 bq.fail(uuid.uuid4(), error="gone")
 bq.fail(uuid.uuid4())  # type: ignore[call-arg]
 bq.process_tasks(("images",), app=Flask(__name__), concurrency=2, burst=True, name="a")
+bq.worker(("images",), app=Flask(__name__), concurrency=2, burst=True, name="a").stop()
+bq.worker(concurrency="2")  # type: ignore[arg-type]
+bq.worker(threads=2)  # type: ignore[call-arg]
 BeanQueue(db)  # type: ignore[arg-type]
