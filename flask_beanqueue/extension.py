@@ -48,8 +48,8 @@ class BeanQueue(Queue):
         worker_model: type[t.Any] | None = None,
         event_model: type[t.Any] | None = None,
     ) -> None:
-        if isinstance(app, SQLAlchemy):
-            raise TypeError("The first parameter of BeanQueue is the app. Write BeanQueue(db=db).")
+        if app is not None:
+            check_app(app)
         self.registry = Registry()
         self._bind_key = bind_key
         self._own_models = {
@@ -57,6 +57,12 @@ class BeanQueue(Queue):
             "WORKER_MODEL": worker_model,
             "EVENT_MODEL": event_model,
         }
+        for setting, model in self._own_models.items():
+            if model is not None and not isinstance(model, type):
+                raise TypeError(
+                    f"{setting.lower()} must be a model's class, not {model!r}. A dotted name"
+                    f" goes into {PREFIX}{setting}."
+                )
         self._configs: weakref.WeakKeyDictionary[Flask, Config] = weakref.WeakKeyDictionary()
         if db is not None:
             self._use(db)
@@ -71,8 +77,10 @@ class BeanQueue(Queue):
 
         :raises RuntimeError: if the app has no Flask-SQLAlchemy or already has a BeanQueue, or its
             database cannot carry the queue.
+        :raises TypeError: if it is no app.
         :raises ConfigError: if a ``BQ_…`` setting cannot be used.
         """
+        check_app(app)
         if "beanqueue" in app.extensions:
             raise RuntimeError(
                 "A BeanQueue is already registered on this app. Import and use that one, or drop"
@@ -105,6 +113,8 @@ class BeanQueue(Queue):
     def _use(self, db: SQLAlchemy) -> None:
         if self._db is db:
             return
+        if not isinstance(db, SQLAlchemy):
+            raise TypeError(f"db must be Flask-SQLAlchemy's SQLAlchemy(), not {db!r}")
         if self._db is not None:
             raise RuntimeError(
                 "This BeanQueue belongs to another SQLAlchemy() than the app's. Make a BeanQueue"
@@ -303,6 +313,8 @@ class BeanQueue(Queue):
 
 
 def check_app(app: t.Any) -> None:
+    if isinstance(app, SQLAlchemy):
+        raise TypeError("The app must be a Flask app. Write BeanQueue(db=db) to hand the db over.")
     if not isinstance(app, Flask):
         raise TypeError(f"app must be a Flask app, not {app!r}")
 

@@ -135,6 +135,40 @@ def test_the_db_in_the_apps_place_is_refused(db: SQLAlchemy) -> None:
         BeanQueue(db)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"app": "app"}, "app must be a Flask app, not 'app'"),
+        ({"app": False}, "app must be a Flask app, not False"),
+        ({"db": "db"}, r"db must be Flask-SQLAlchemy's SQLAlchemy\(\), not 'db'"),
+        (
+            {"db": Flask("demo")},
+            r"db must be Flask-SQLAlchemy's SQLAlchemy\(\), not <Flask 'demo'>",
+        ),
+        (
+            {"task_model": "a.Task"},
+            "task_model must be a model's class, not 'a.Task'.*BQ_TASK_MODEL",
+        ),
+        ({"worker_model": "a.Worker"}, "worker_model must be a model's class.*BQ_WORKER_MODEL"),
+        ({"event_model": 5}, "event_model must be a model's class, not 5"),
+    ],
+)
+def test_arguments_of_wrong_types_are_refused_and_leave_no_trace(
+    plain_app: Flask, db: SQLAlchemy, arguments: dict[str, Any], message: str
+) -> None:
+    db.init_app(plain_app)
+    with pytest.raises(TypeError, match=message):
+        BeanQueue(**{"app": plain_app, "db": db, **arguments})
+    assert BeanQueue(plain_app, db).db is db
+
+
+def test_what_is_no_app_is_refused_by_init_app(db: SQLAlchemy, bq: BeanQueue) -> None:
+    with pytest.raises(TypeError, match=r"The app must be a Flask app\. Write BeanQueue\(db=db\)"):
+        bq.init_app(db)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="app must be a Flask app, not 'app'"):
+        bq.init_app("app")  # type: ignore[arg-type]
+
+
 def test_an_app_without_flask_sqlalchemy_is_refused(plain_app: Flask, bq: BeanQueue) -> None:
     with pytest.raises(RuntimeError, match=r"Call db\.init_app\(app\) before bq\.init_app\(app\)"):
         bq.init_app(plain_app)
