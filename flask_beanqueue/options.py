@@ -51,6 +51,8 @@ def check_text(name: str, text: t.Any) -> None:
         raise TypeError(f"{name} must be text, not {text!r}")
     if not text or "\0" in text:
         raise ValueError(f"{name} must not be empty or hold U+0000: {text!r}")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"{name} must not hold half of a surrogate pair: {text!r}")
 
 
 def is_whole(number: t.Any) -> bool:

@@ -579,6 +579,7 @@ def test_a_delay_that_is_over_is_no_delay(
         ({"priority": True}, ValueError, "priority must be a whole number of 32 bits, not True"),
         ({"priority": 1.0}, ValueError, r"priority must be a whole number of 32 bits, not 1\.0"),
         ({"channel": ""}, ValueError, "channel must not be empty"),
+        ({"channel": "a\udce9"}, ValueError, r"channel .* half of a surrogate pair: 'a\\udce9'"),
         ({"channel": "a\0b"}, ValueError, r"channel must not be empty or hold U\+0000: 'a\\x00b'"),
         ({"channel": b"a"}, TypeError, "channel must be text"),
         ({"channel": False}, TypeError, "channel must be text, not False"),
