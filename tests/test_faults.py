@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import re
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -75,7 +76,8 @@ def test_a_frozen_worker_holds_nobody_up_and_leaves_no_trace(
     first.thaw()
     assert first.wait() == 1
     assert "declared dead" in first.output
-    assert "no longer this worker's" in first.output or "OperationalError" in first.output
+    # Its connections were ended, so it may meet that before it meets the fence.
+    assert re.search("no longer this worker's|is tried again|went away", first.output)
     assert effects(database_url) == ([] if task == "freeze_without_session" else [task])
     [(state, claims, crashes, attempts)] = rows(database_url, "state, claims, crashes, attempts")
     assert (state, claims, crashes, attempts) == ("DONE", 2, 1, 1)
