@@ -25,6 +25,8 @@ import sqlalchemy as sa
 from flask_beanqueue.claim import Claim
 from flask_beanqueue.marks import Level
 from flask_beanqueue.models import uuid7
+from flask_beanqueue.queries import milliseconds
+from flask_beanqueue.writer import LOCK_TIMEOUT
 
 from .app import Row, bq, create_app, db, nothing, write
 
@@ -116,6 +118,7 @@ def bare_loop(number: int, batch: int) -> float:
                 "ids": [row[1] for row in rows],
                 "claims": [row[2] for row in rows],
                 "results": [None] * len(rows),
+                "lock_timeout": milliseconds(LOCK_TIMEOUT),
             },
         )
         assert len(cursor.fetchall()) == len(rows)
