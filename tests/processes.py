@@ -14,12 +14,12 @@ from typing import Any
 class Process:
     """A command whose output is kept, in a process group of its own.
 
-    :param arguments: what comes after ``python -m flask``.
+    :param arguments: what comes after ``python``.
     """
 
     def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-m", "flask", *arguments],
+            [sys.executable, "-W", "error", *arguments],
             env=os.environ | {"PYTHONUNBUFFERED": "1"} | (env or {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -105,20 +105,24 @@ class Process:
 
 
 class Processes:
-    """Starts workers, and sees to it that none outlives its test."""
+    """Starts workers and other commands, and sees to it that none outlives its test."""
 
     def __init__(self, database_url: str) -> None:
         self._database_url = database_url
         self._started: list[Process] = []
 
-    def flask(self, *arguments: str, **env: Any) -> Process:
-        """Run a ``flask`` command; keyword arguments are environment variables."""
+    def python(self, *arguments: str, **env: Any) -> Process:
+        """Run a program in Python; keyword arguments are environment variables."""
         process = Process(
             *arguments,
             env={"DATABASE_URL": self._database_url} | {key: str(env[key]) for key in env},
         )
         self._started.append(process)
         return process
+
+    def flask(self, *arguments: str, **env: Any) -> Process:
+        """Run a ``flask`` command; keyword arguments are environment variables."""
+        return self.python("-m", "flask", *arguments, **env)
 
     def worker(self, app: str, *arguments: str, **env: Any) -> Process:
         """Start a worker and wait until it is ready."""
