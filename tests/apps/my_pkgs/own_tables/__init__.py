@@ -1,0 +1,1 @@
+"""Apps whose tasks and workers are in tables of their own."""
