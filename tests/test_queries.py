@@ -127,7 +127,9 @@ def test_a_row_that_has_moved_is_missed_by_finish_and_then_found_by_its_id(
 
     outcomes = [outcome.succeeded(claim, 7, event=False) for claim in (moved, stayed)]
     assert all(each.is_plain for each in outcomes)
-    assert outcome.write(bq.queries, connection, outcomes) == outcomes
+    assert outcome.write(bq.queries, connection, outcomes) == outcomes[1:]
+    assert not outcomes[0].is_plain
+    assert outcome.write(bq.queries, connection, outcomes[:1]) == outcomes[:1]
     found = query(database_url, "SELECT state, result, attempts, priority FROM bq_tasks ORDER BY 4")
     assert found == [("DONE", 7, 1, 0), ("DONE", 7, 1, 5)]
     assert query(database_url, "SELECT count(*) FROM bq_events") == [(0,)]
