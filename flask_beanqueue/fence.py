@@ -24,8 +24,9 @@ LOST = (
 class TaskStateError(RuntimeError):
     """A task cannot be ended from outside, since it is not waiting for that.
 
-    :ivar state: the task's state. ``PROCESSING``: its processor is still running, try again later.
-        Another: the task has ended, perhaps by the same call that came twice.
+    :ivar state: the task's state. ``PENDING`` or ``PROCESSING``: it is too early, for its processor
+        has not returned; try again later. Another: the task has ended, perhaps by the same call
+        that came twice.
     """
 
     def __init__(self, message: str, state: str) -> None:

@@ -190,3 +190,24 @@ def test_a_state_set_in_another_session_than_that_of_a_change_raises(
     task = only_task(app, bq)
     assert task.state == "FAILED"
     assert "changed its own task in another session" in task.error_message
+
+
+@pytest.mark.parametrize("commits", [False, True])
+def test_of_a_task_that_somebody_deletes_while_it_runs_nothing_is_left(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work, commits: bool
+) -> None:
+    @bq.processor()
+    def write(db: Any) -> None:
+        db.add(Note(text="never"))
+        with bq.engine(app).begin() as connection:
+            connection.execute(sa.delete(bq.Task.__table__))
+        if commits:
+            db.commit()
+
+    with app.app_context():
+        write.enqueue()
+        db.session.commit()
+    work()
+    assert texts(app, db, Note) == []
+    with app.app_context():
+        assert db.session.query(bq.Task).count() == 0
