@@ -218,6 +218,33 @@ def test_a_worker_takes_over_when_it_starts_and_before_a_burst_ends(
         assert list(db.session.scalars(sa.select(Note.text))) == ["done"]
 
 
+def test_a_worker_takes_over_as_soon_as_its_heartbeat_has_declared_others_dead(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, probe: Probe
+) -> None:
+    """It would do so by itself after half a minute."""
+
+    @bq.processor()
+    def nothing() -> None:
+        pass
+
+    probe.listen_states()
+    worker = bq.worker(app=app)
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    try:
+        with app.app_context():
+            nothing.enqueue()
+            db.session.commit()
+            probe.wait("nothing DONE")  # it has started
+            db.session.add(held(bq, module=nothing.module, name="nothing"))
+            db.session.commit()
+        worker._take_over_soon()
+        probe.wait("nothing DONE", timeout=20)
+    finally:
+        worker.stop()
+        thread.join(30)
+
+
 def test_a_slow_receiver_does_not_hold_up_the_heartbeat(
     make_app: Any, db: SQLAlchemy, bq: BeanQueue, probe: Probe
 ) -> None:
