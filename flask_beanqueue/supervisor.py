@@ -13,6 +13,8 @@ import typing as t
 
 from .log import log
 
+#: The signals that make a process leave, each with the other one.
+OTHER: dict[int, int] = {signal.SIGTERM: signal.SIGINT, signal.SIGINT: signal.SIGTERM}
 #: Seconds after which a process counts as well started.
 STEADY = 5.0
 #: Processes that may fail to start in a row, for each that there should be.
@@ -40,11 +42,12 @@ class Supervisor:
         self._lifeline = os.pipe()
         self._failures = 0
         self._stopping = False
+        self._seen: set[int] = set()
         self._failed = False
 
     def run(self) -> int:
         """Run until all processes have left; the exit code is 0 if theirs were."""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in OTHER:
             signal.signal(number, self._stop)
         for index in range(self._processes):
             self._fork(index)
@@ -80,36 +83,40 @@ class Supervisor:
 
     def _fork(self, index: int) -> None:
         # A signal between the fork and the child's own handlers must end the child.
-        signals = {signal.SIGTERM, signal.SIGINT}
-        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                for number in signals:
-                    signal.signal(number, signal.default_int_handler)
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-                os.close(self._lifeline[1])
-                threading.Thread(target=self._follow, daemon=True).start()
-                code = self._start(index)
-            except KeyboardInterrupt:
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        self._children[pid] = index, time.monotonic()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-        if self._stopping:  # the signal came before the child was known
-            self._stop()
+        # Nor may it come before the child is known.
+        signal.pthread_sigmask(signal.SIG_BLOCK, OTHER)
+        if not self._stopping:
+            pid = os.fork()
+            if pid == 0:
+                code = 1
+                try:
+                    for number in OTHER:
+                        signal.signal(number, lambda *_: os._exit(0))
+                    signal.pthread_sigmask(signal.SIG_UNBLOCK, OTHER)
+                    os.close(self._lifeline[1])
+                    threading.Thread(target=self._follow, daemon=True).start()
+                    code = self._start(index)
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    os._exit(code)
+            self._children[pid] = index, time.monotonic()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, OTHER)
 
     def _follow(self) -> None:
         """In a child: leave when the supervisor is gone, and its end of the pipe with it."""
         os.read(self._lifeline[0], 1)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    def _stop(self, number: int | None = None, frame: types.FrameType | None = None) -> None:
-        self._stopping = True
-        for pid in list(self._children):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
+    def _stop(self, number: int = signal.SIGINT, frame: types.FrameType | None = None) -> None:
+        """Tell the processes to leave; the same signal again, to leave at once.
+
+        They may have it already: a terminal sends it to a whole group, systemd to all processes
+        of a unit. So they get the other one, which is the second only if ours was.
+        """
+        if not self._stopping or number in self._seen:
+            self._stopping = True
+            for pid in list(self._children):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, OTHER[number])
+        self._seen.add(number)

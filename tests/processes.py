@@ -75,6 +75,10 @@ class Process:
     def send(self, number: int) -> None:
         self._process.send_signal(number)
 
+    def send_all(self, number: int) -> None:
+        """Send a signal to the whole process group, as a terminal does."""
+        os.killpg(self.pid, number)
+
     def kill(self) -> None:
         """kill -9"""
         self._process.kill()

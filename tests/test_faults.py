@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import os
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
@@ -470,6 +471,74 @@ def test_processes_leave_when_their_supervisor_is_killed(
     supervisor.kill()
     probe.wait("child-1 SHUTDOWN")
     probe.wait("child-2 SHUTDOWN")
+
+
+@pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("send", [Process.send, Process.send_all])
+def test_a_signal_lets_the_running_tasks_of_all_processes_end(
+    app: Flask,
+    database_url: str,
+    probe: Probe,
+    processes: Processes,
+    send: Callable[[Process, int], None],
+    signal_name: str,
+) -> None:
+    supervisor = processes.worker(APP, "--processes", "2")
+    with probe.gate("waiting one") as open_gate:
+        faults.wait.enqueue(name="one")
+        faults.db.session.commit()
+        probe.wait("waiting one")
+        send(supervisor, getattr(signal, signal_name))
+        supervisor.wait_line("stops", times=2)
+        open_gate()
+        assert supervisor.wait() == 0
+    assert effects(database_url) == ["one"]
+    assert rows(database_url, "state, attempts, crashes") == [("DONE", 1, 0)]
+
+
+@pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("send", [Process.send, Process.send_all])
+def test_a_second_signal_makes_all_processes_leave_at_once(
+    app: Flask,
+    database_url: str,
+    probe: Probe,
+    processes: Processes,
+    send: Callable[[Process, int], None],
+    signal_name: str,
+) -> None:
+    supervisor = processes.worker(APP, "--processes", "2")
+    with probe.gate("waiting long"):
+        faults.wait.enqueue(name="long")
+        faults.db.session.commit()
+        probe.wait("waiting long")
+        send(supervisor, getattr(signal, signal_name))
+        supervisor.wait_line("stops", times=2)
+        send(supervisor, getattr(signal, signal_name))
+        assert supervisor.wait() == 0
+    assert rows(database_url, "state, attempts, crashes") == [("PENDING", 0, 0)]
+
+
+@pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGINT"])
+def test_a_process_does_not_take_its_supervisors_signal_for_the_second(
+    app: Flask, database_url: str, probe: Probe, processes: Processes, signal_name: str
+) -> None:
+    number = getattr(signal, signal_name)
+    supervisor = processes.worker(APP, "--processes", "2")
+    with probe.gate("waiting one") as open_gate:
+        faults.wait.enqueue(name="one")
+        faults.db.session.commit()
+        probe.wait("waiting one")
+        [(name,)] = query(
+            database_url,
+            "SELECT name FROM bq_workers AS w JOIN bq_tasks AS t ON t.worker_id = w.id",
+        )
+        os.kill(int(name.rpartition("-")[2]), number)
+        supervisor.wait_line("stops")
+        supervisor.send(number)
+        supervisor.wait_line("stops", times=2)  # the other one has it from the supervisor
+        open_gate()
+        assert supervisor.wait() == 0
+    assert effects(database_url) == ["one"]
 
 
 def test_a_process_that_ends_well_is_replaced_too(
