@@ -20,6 +20,7 @@ from werkzeug._reloader import run_with_reloader  # what Flask's own run command
 
 from .arguments import ArgumentError
 from .config import ConfigError
+from .connection import connect
 from .errors import sqlstate
 from .extension import BeanQueue
 from .log import log, reason
@@ -27,9 +28,11 @@ from .registry import import_packages
 from .supervisor import Supervisor
 from .worker import Worker, WorkerDied
 
-#: Error codes of PostgreSQL: there is no such table, or no such column; no such schema.
-UNDEFINED = ("42P01", "42703")
+#: Error codes of PostgreSQL.
 UNDEFINED_SCHEMA = "3F000"
+UNDEFINED_TABLE = "42P01"
+UNDEFINED_COLUMN = "42703"
+DENIED = "42501"
 
 bq_cli = AppGroup("bq", help="Run workers and make tasks.")
 
@@ -125,7 +128,10 @@ def worker_command(
                 raise click.UsageError("--reload works with one process.")
             run_with_reloader(serve)
         elif processes > 1:
-            make()  # says what is wrong once, not once in each process
+            # What is wrong is said once, not once in each process.
+            make()
+            with contextlib.closing(connect(bq.engine(app))) as connection:
+                bq.queries.check_tables(connection)
             if code := Supervisor(work, processes, replaces=not burst).run():
                 raise click.exceptions.Exit(code)
         elif code := run(make()):
@@ -161,7 +167,7 @@ def create_tables_command() -> None:
     """
     app, bq = current()
     engine = bq.engine(app)
-    with readable_errors():
+    with readable_errors("GRANT CREATE"):
         inspector = sa.inspect(engine)
         for table in bq.models.tables:
             if inspector.has_table(table.name, schema=table.schema):
@@ -241,24 +247,46 @@ def submit_command(channel: str, module: str, func: str, kwargs: str, priority: 
 
 
 @contextlib.contextmanager
-def readable_errors() -> t.Iterator[None]:
-    """Turn what commonly goes wrong into a sentence."""
+def readable_errors(
+    grant: str = "GRANT SELECT, INSERT and UPDATE on the queue's tables",
+) -> t.Iterator[None]:
+    """Turn what commonly goes wrong into a sentence.
+
+    :param grant: what the owner must do if the role lacks rights.
+    """
     try:
         yield
     except sa.exc.ProgrammingError as error:
         problem = str(error.orig).splitlines()[0]
-        if sqlstate(error) == UNDEFINED_SCHEMA:
-            raise click.ClickException(f"{problem}. Create it first: CREATE SCHEMA …") from error
-        if sqlstate(error) not in UNDEFINED:
+        code = sqlstate(error)
+        if code == UNDEFINED_SCHEMA:
+            message = f"{problem}. Create it first: CREATE SCHEMA …"
+        elif code == UNDEFINED_TABLE:
+            message = (
+                f"{problem}. Create the queue's tables with `flask bq create-tables`, or with a"
+                " migration."
+            )
+        elif code == UNDEFINED_COLUMN:
+            message = (
+                f"The table is older than this release: {problem}. Change it with a migration"
+                " (Flask-Migrate), or drop it if it holds nothing of worth."
+            )
+        elif code == DENIED:
+            message = f"{problem}. Let its owner {grant} to {current_role()}."
+        else:
             raise
-        raise click.ClickException(
-            f"{problem}. Create the queue's tables with"
-            " `flask bq create-tables`, or with a migration."
-        ) from error
+        raise click.ClickException(message) from error
     except sa.exc.OperationalError as error:
         raise click.ClickException(f"The database cannot be used: {reason(error)}") from error
     except ConfigError as error:
         raise click.ClickException(str(error)) from error
+
+
+def current_role() -> str:
+    """Who this app is in its database: the URL need not say so."""
+    app, bq = current()
+    with bq.engine(app).connect() as connection:
+        return str(connection.scalar(sa.func.current_user()))
 
 
 def log_to_stderr(verbose: bool) -> None:

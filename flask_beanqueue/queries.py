@@ -428,6 +428,18 @@ class Queries:
 
     # The workers' life.
 
+    def check_tables(self, connection: Connection) -> None:
+        """See whether the tables are there with all columns, and may be used; read no row.
+
+        :raises sqlalchemy.exc.ProgrammingError: naming what is not.
+        """
+        for table in self.models.tables:
+            nothing = sa.select(*table.columns).where(sa.false())
+            if table is not self.models.event.__table__:
+                # Which also takes the right to UPDATE.
+                nothing = nothing.with_for_update(key_share=True)
+            connection.execute(nothing).close()
+
     def add_worker(
         self, connection: Connection, worker_id: uuid.UUID, name: str, channels: t.Sequence[str]
     ) -> None:

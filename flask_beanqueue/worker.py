@@ -143,6 +143,7 @@ class Worker:
             contextlib.closing(self._listener),
         ):
             queries = self.queue.queries
+            queries.check_tables(self._line.connection)
             queries.add_worker(self._line.connection, self.id, self.name, self.channels)
             heartbeat = Heartbeat(
                 self.engine,

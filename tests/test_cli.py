@@ -7,12 +7,13 @@ import logging
 import re
 import socket
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
+import sqlalchemy as sa
 from click.testing import Result
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
@@ -55,6 +56,24 @@ def double(bq: BeanQueue) -> Any:
 def drop_tables(app: Flask, db: SQLAlchemy) -> None:
     with app.app_context():
         db.drop_all()
+
+
+@pytest.fixture
+def role(database_url: str) -> Iterator[str]:
+    """A role that has no rights."""
+    name = f"bq_{uuid.uuid4().hex}"
+    query(database_url, "REVOKE CREATE ON SCHEMA public FROM PUBLIC")
+    query(database_url, f"CREATE ROLE {name}")
+    yield name
+    query(database_url, f"DROP OWNED BY {name}")
+    query(database_url, f"DROP ROLE {name}")
+
+
+@pytest.fixture
+def role_url(database_url: str, role: str) -> str:
+    """The database as that role sees it."""
+    url = sa.engine.make_url(database_url).update_query_dict({"options": f"-c role={role}"})
+    return url.render_as_string(hide_password=False)
 
 
 # Help.
@@ -115,6 +134,17 @@ def test_create_tables_names_columns_that_an_old_table_lacks(
     assert result.exit_code == 1
     assert "The table bq_tasks exists, but has no column crashes, parked." in result.output
     assert "migration" in result.output
+
+
+def test_create_tables_without_the_right_names_the_role(
+    processes: Processes, role: str, role_url: str
+) -> None:
+    process = processes.flask("--app", APP, "bq", "create-tables", DATABASE_URL=role_url)
+    assert process.wait() == 1
+    line = process.output.splitlines()[0]  # psycopg 3 may warn of its pool afterwards
+    assert line == (
+        f"Error: permission denied for schema public. Let its owner GRANT CREATE to {role}."
+    )
 
 
 @pytest.mark.usefixtures("drop_tables")
@@ -212,6 +242,34 @@ def test_submit_without_tables_says_how_to_make_them(invoke: Invoke, double: Any
     assert "flask bq create-tables" in result.output
 
 
+def test_submit_to_an_outdated_table_says_what_it_lacks(
+    invoke: Invoke, double: Any, database_url: str
+) -> None:
+    query(database_url, "ALTER TABLE bq_tasks DROP COLUMN priority")
+    result = invoke("submit", "numbers", __name__, "double", "-k", '{"number": 1}')
+    assert result.exit_code == 1
+    [line] = result.output.splitlines()
+    assert line.startswith("Error: The table is older than this release: column ")
+    assert "priority" in line
+    assert "bq_tasks" in line
+
+
+@pytest.mark.usefixtures("app")
+def test_submit_without_the_right_names_the_table_and_the_role(
+    processes: Processes, role: str, role_url: str
+) -> None:
+    process = processes.flask(
+        *("--app", APP, "bq", "submit", "numbers", "tests.apps.tasks.numbers", "double"),
+        *("-k", '{"number": 21}'),
+        BQ_PROCESSOR_PACKAGES=PACKAGES,
+        DATABASE_URL=role_url,
+    )
+    assert process.wait() == 1
+    line = process.output.splitlines()[0]  # psycopg 3 may warn of its pool afterwards
+    assert line.startswith("Error: permission denied for table bq_tasks. ")
+    assert f"GRANT SELECT, INSERT and UPDATE on the queue's tables to {role}" in line
+
+
 # worker
 
 
@@ -242,6 +300,68 @@ def test_a_worker_without_tables_says_how_to_make_them(invoke: Invoke, double: A
     assert result.exit_code == 1
     assert "flask bq create-tables" in result.output
     assert len(result.output.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("table", "column"),
+    [("bq_tasks", "parked"), ("bq_workers", "created_at"), ("bq_events", "traceback")],
+)
+def test_a_worker_on_an_outdated_table_says_what_it_lacks(
+    invoke: Invoke, double: Any, database_url: str, table: str, column: str
+) -> None:
+    query(database_url, f"ALTER TABLE {table} DROP COLUMN {column}")
+    result = invoke("worker", "--burst")
+    assert result.exit_code == 1
+    [line] = result.output.splitlines()
+    assert line.startswith(
+        f"Error: The table is older than this release: column {table}.{column} does not exist."
+    )
+    assert "migration" in line
+    assert query(database_url, "SELECT count(*) FROM bq_workers") == [(0,)]
+
+
+@pytest.mark.usefixtures("app")
+@pytest.mark.parametrize(
+    ("granted", "table"),
+    [
+        ("USAGE ON SCHEMA public", "bq_workers"),
+        ("SELECT ON ALL TABLES IN SCHEMA public", "bq_workers"),
+        ("SELECT, INSERT, UPDATE ON bq_workers", "bq_tasks"),
+        ("SELECT, INSERT, UPDATE ON bq_workers, bq_tasks", "bq_events"),
+    ],
+)
+def test_a_worker_without_rights_names_the_table_and_the_role(
+    processes: Processes, database_url: str, role: str, role_url: str, granted: str, table: str
+) -> None:
+    query(database_url, f"GRANT {granted} TO {role}")
+    process = processes.flask("--app", APP, "bq", "worker", "default", DATABASE_URL=role_url)
+    assert process.wait() == 1
+    line = process.output.splitlines()[0]  # psycopg 3 may warn of its pool afterwards
+    assert line.startswith(f"Error: permission denied for table {table}. ")
+    assert f"GRANT SELECT, INSERT and UPDATE on the queue's tables to {role}" in line
+    assert query(database_url, "SELECT count(*) FROM bq_workers") == [(0,)]
+
+
+@pytest.mark.usefixtures("app")
+def test_a_worker_needs_no_other_rights(
+    processes: Processes, database_url: str, role: str, role_url: str
+) -> None:
+    tables = "bq_workers, bq_tasks, bq_events"
+    query(database_url, f"GRANT SELECT, INSERT, UPDATE ON {tables} TO {role}")
+    query(database_url, "INSERT INTO bq_tasks (module, func_name) VALUES ('no', 'where')")
+    process = processes.flask(
+        "--app", APP, "bq", "worker", "default", "--burst", DATABASE_URL=role_url
+    )
+    assert process.wait() == 0
+    process.wait_line("no.where")
+
+
+@pytest.mark.usefixtures("drop_tables")
+def test_processes_say_once_that_there_are_no_tables(processes: Processes) -> None:
+    process = processes.flask("--app", APP, "bq", "worker", "default", "--processes", "2")
+    assert process.wait() == 1
+    [line] = process.output.splitlines()
+    assert "flask bq create-tables" in line
 
 
 @pytest.mark.parametrize(
