@@ -24,6 +24,7 @@ from .connection import connect
 from .errors import sqlstate
 from .extension import BeanQueue
 from .log import log, reason
+from .options import check_channel
 from .registry import import_packages
 from .supervisor import Supervisor
 from .worker import Worker, WorkerDied
@@ -98,6 +99,8 @@ def worker_command(
         if name and processes > 1:
             own = f"{name}-{index + 1}"
         try:
+            for channel in channels:
+                check_channel(channel)
             return bq.worker(channels, app=app, concurrency=concurrency, burst=burst, name=own)
         except (RuntimeError, ValueError) as error:
             raise click.ClickException(str(error)) from error

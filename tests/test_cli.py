@@ -368,6 +368,8 @@ def test_processes_say_once_that_there_are_no_tables(processes: Processes) -> No
     ("arguments", "words"),
     [
         ([], "There is nothing to work on"),
+        ([""], "channel must not be empty"),
+        (["default", ""], "channel must not be empty"),
         (["default", "--concurrency", "1000"], "1000 tasks at once need as many connections"),
         (["default", "--concurrency", "0"], "Invalid value for '-c' / '--concurrency'"),
         (["default", "--reload", "--processes", "2"], "--reload works with one process"),
