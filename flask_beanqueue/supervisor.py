@@ -21,6 +21,53 @@ STEADY = 5.0
 ATTEMPTS = 3
 
 
+def end_on_signals() -> None:
+    """In a process that will work: let signals end it well before and after the worker's own
+    handlers, when there is nothing to lose."""
+    for number in OTHER:
+        signal.signal(number, lambda *_: os._exit(0))
+
+
+class Relay:
+    """Passes on the signals that make processes leave: all, or those that come again.
+
+    They may have a signal already: a terminal sends it to a whole group, systemd to all processes
+    of a unit. The same one again would make them leave at once. So they get the other one, and get
+    it again only when ours comes again.
+
+    :param pids: the processes, as they come and go.
+    """
+
+    def __init__(self, pids: t.Collection[int]) -> None:
+        self._pids = pids
+        self._seen: set[int] = set()
+        self.stopping = False
+
+    def listen(self) -> None:
+        """From now on, pass on what comes."""
+        for number in OTHER:
+            signal.signal(number, self.stop)
+
+    @contextlib.contextmanager
+    def held(self) -> t.Iterator[t.Collection[int]]:
+        """Hold signals back while a process starts, so that none comes before its pid is known; the
+        value is the mask that the process must have."""
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, OTHER)
+        try:
+            yield mask
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def stop(self, number: int = signal.SIGINT, frame: types.FrameType | None = None) -> None:
+        """Let the processes leave; called again for the same signal, at once."""
+        if not self.stopping or number in self._seen:
+            self.stopping = True
+            for pid in list(self._pids):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, OTHER[number])
+        self._seen.add(number)
+
+
 class Supervisor:
     """Starts processes by fork, replaces those that end, and passes SIGTERM and SIGINT on.
 
@@ -41,14 +88,12 @@ class Supervisor:
         self._children: dict[int, tuple[int, float]] = {}
         self._lifeline = os.pipe()
         self._failures = 0
-        self._stopping = False
-        self._seen: set[int] = set()
+        self._relay = Relay(self._children)
         self._failed = False
 
     def run(self) -> int:
         """Run until all processes have left; the exit code is 0 if theirs were."""
-        for number in OTHER:
-            signal.signal(number, self._stop)
+        self._relay.listen()
         for index in range(self._processes):
             self._fork(index)
         while self._children:
@@ -62,7 +107,7 @@ class Supervisor:
 
     def _ended(self, index: int, pid: int, lived: float, code: int) -> None:
         """Replace a process, unless it was to end or cannot start at all."""
-        if self._stopping:
+        if self._relay.stopping:
             self._failed |= code != 0
             return
         if code == 0 and not self._replaces:
@@ -73,50 +118,36 @@ class Supervisor:
         if self._failures >= ATTEMPTS * self._processes:
             log.error("Worker process %d (%d) %s; none can start: giving up", index + 1, pid, how)
             self._failed = True
-            self._stop()
+            self._relay.stop()
             return
         log.error("Worker process %d (%d) %s; a new one takes its place", index + 1, pid, how)
         if self._failures:
             time.sleep(1)
-        if not self._stopping:
-            self._fork(index)
+        self._fork(index)
 
     def _fork(self, index: int) -> None:
-        # A signal between the fork and the child's own handlers must end the child.
-        # Nor may it come before the child is known.
-        signal.pthread_sigmask(signal.SIG_BLOCK, OTHER)
-        if not self._stopping:
+        with self._relay.held() as mask:
+            if self._relay.stopping:
+                return
             pid = os.fork()
             if pid == 0:
-                code = 1
-                try:
-                    for number in OTHER:
-                        signal.signal(number, lambda *_: os._exit(0))
-                    signal.pthread_sigmask(signal.SIG_UNBLOCK, OTHER)
-                    os.close(self._lifeline[1])
-                    threading.Thread(target=self._follow, daemon=True).start()
-                    code = self._start(index)
-                except BaseException:
-                    traceback.print_exc()
-                finally:
-                    os._exit(code)
+                self._run_child(index, mask)
             self._children[pid] = index, time.monotonic()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, OTHER)
+
+    def _run_child(self, index: int, mask: t.Collection[int]) -> t.NoReturn:
+        code = 1
+        try:
+            end_on_signals()
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            os.close(self._lifeline[1])
+            threading.Thread(target=self._follow, daemon=True).start()
+            code = self._start(index)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
 
     def _follow(self) -> None:
         """In a child: leave when the supervisor is gone, and its end of the pipe with it."""
         os.read(self._lifeline[0], 1)
         os.kill(os.getpid(), signal.SIGTERM)
-
-    def _stop(self, number: int = signal.SIGINT, frame: types.FrameType | None = None) -> None:
-        """Tell the processes to leave; the same signal again, to leave at once.
-
-        They may have it already: a terminal sends it to a whole group, systemd to all processes
-        of a unit. So they get the other one, which is the second only if ours was.
-        """
-        if not self._stopping or number in self._seen:
-            self._stopping = True
-            for pid in list(self._children):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, OTHER[number])
-        self._seen.add(number)
