@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import json
 import logging
 import os
 import socket
-import threading
 import typing as t
 
 import click
@@ -16,8 +14,8 @@ import sqlalchemy as sa
 from flask import Flask, current_app
 from flask.cli import AppGroup
 from flask.logging import default_handler
-from werkzeug._reloader import run_with_reloader  # what Flask's own run command uses
 
+from . import reloader
 from .arguments import ArgumentError
 from .config import ConfigError
 from .connection import connect
@@ -122,36 +120,30 @@ def worker_command(
             error.show()
             return error.exit_code
 
-    def serve() -> None:
-        run(stopped_at_exit(make()))
+    def work_until_change() -> int:
+        worker = make()
+
+        def stop() -> None:
+            if not worker._stopping:  # again would mean at once
+                worker.stop()
+
+        return reloader.until_change(lambda: run(worker), stop)
 
     with readable_errors():
         if reloads:
             if processes > 1:
                 raise click.UsageError("--reload works with one process.")
-            run_with_reloader(serve)
+            code = work_until_change() if reloader.works() else reloader.start_again()
         elif processes > 1:
             # What is wrong is said once, not once in each process.
             make()
             with contextlib.closing(connect(bq.engine(app))) as connection:
                 bq.queries.check_tables(connection)
-            if code := Supervisor(work, processes, replaces=not burst).run():
-                raise click.exceptions.Exit(code)
-        elif code := run(make()):
-            raise click.exceptions.Exit(code)
-
-
-def stopped_at_exit(worker: Worker) -> Worker:
-    """The reloader ends the process from another thread: let the worker end first, so that its
-    tasks do not look as if they had crashed it."""
-    thread = threading.current_thread()
-
-    def stop() -> None:
-        worker.stop()
-        thread.join()
-
-    atexit.register(stop)
-    return worker
+            code = Supervisor(work, processes, replaces=not burst).run()
+        else:
+            code = run(make())
+    if code:
+        raise click.exceptions.Exit(code)
 
 
 def forget_connections(app: Flask, bq: BeanQueue) -> None:

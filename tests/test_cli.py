@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import signal
 import socket
 import uuid
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import psutil
 import pytest
 import sqlalchemy as sa
 from click.testing import Result
@@ -24,7 +26,7 @@ from flask_beanqueue.cli import bq_cli
 
 from .conftest import MakeApp
 from .probe import Probe, query
-from .processes import Processes
+from .processes import Process, Processes
 
 Invoke = Callable[..., Result]
 
@@ -566,23 +568,173 @@ def test_log_records_say_which_task_they_are_about(
 # --reload
 
 
-@pytest.mark.usefixtures("app")
+class Reloaded:
+    """A worker with --reload, on a file that the test writes."""
+
+    def __init__(self, processes: Processes, path: Path) -> None:
+        self._processes = processes
+        self._path = path
+
+    def write(self, version: str, more: str = "") -> None:
+        self._path.write_text(RELOADED_APP.replace("VERSION", repr(version)) + more)
+
+    def start(self, *arguments: str, **env: Any) -> Process:
+        self.write("one")
+        return self._processes.flask(
+            *("--app", str(self._path), "bq", "worker", "--reload", *arguments), **env
+        )
+
+
+RELOADED_APP = (
+    LOGGING_APP.replace("SETUP", "from tests.probe import pause")
+    + """
+@bq.processor()
+def wait():
+    pause("waiting")
+    return VERSION
+
+@bq.processor()
+def kill():
+    os.kill(os.getpid(), 9)
+
+print("this is", VERSION)
+"""
+)
+
+
+@pytest.fixture
+def reloaded(app: Flask, processes: Processes, tmp_path: Path) -> Reloaded:
+    return Reloaded(processes, tmp_path / "reloaded_app.py")
+
+
+def enqueue(url: str, func_name: str) -> None:
+    query(url, "INSERT INTO bq_tasks (module, func_name) VALUES ('reloaded_app', %s)", func_name)
+    query(url, 'NOTIFY "default"')
+
+
+def rows(url: str, columns: str) -> list[Any]:
+    return query(url, f"SELECT {columns} FROM bq_tasks ORDER BY id")
+
+
 def test_a_reloading_worker_starts_again_when_code_changes(
-    processes: Processes, tmp_path: Path, database_url: str, probe: Probe
+    reloaded: Reloaded, database_url: str, probe: Probe
 ) -> None:
-    path = tmp_path / "reloaded_app.py"
-    code = LOGGING_APP.replace("SETUP", "").replace('raise ValueError("no good")', "return VERSION")
-    path.write_text(code + "\nVERSION = 'one'\nprint('this is', VERSION)\n")
     probe.listen_states()
-    worker = processes.flask("--app", str(path), "bq", "worker", "--reload", "--name", "reloading")
+    worker = reloaded.start("--name", "reloading")
     worker.wait_line("this is one")
     worker.wait_line("flask_beanqueue")
-    path.write_text(code + "\nVERSION = 'the second'\nprint('this is', VERSION)\n")
+    reloaded.write("the second")
     worker.wait_line("this is the second")
-    query(database_url, "INSERT INTO bq_tasks (module, func_name) VALUES ('reloaded_app', 'fail')")
-    query(database_url, 'NOTIFY "default"')
-    probe.wait("fail DONE")
-    assert query(database_url, "SELECT result FROM bq_tasks") == [("the second",)]
+    enqueue(database_url, "wait")
+    probe.wait("wait DONE")
+    assert rows(database_url, "result") == [("the second",)]
     # The first one has left in good order, so that nothing looks like a crash.
     states = query(database_url, "SELECT state FROM bq_workers ORDER BY id")
     assert states == [("SHUTDOWN",), ("RUNNING",)]
+    assert worker.stop() == 0
+
+
+def test_a_task_that_runs_when_code_changes_is_done_once(
+    reloaded: Reloaded, database_url: str, probe: Probe
+) -> None:
+    worker = reloaded.start()
+    with probe.gate("waiting") as open_gate:
+        enqueue(database_url, "wait")
+        probe.wait("waiting")
+        reloaded.write("the second")
+        worker.wait_line("stops")
+        open_gate()
+        worker.wait_line("this is the second")
+    assert rows(database_url, "state, result, claims, attempts") == [("DONE", "one", 1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("send", "number"),
+    [(Process.send, signal.SIGTERM), (Process.send_all, signal.SIGINT)],
+    ids=["SIGTERM", "Ctrl-C"],
+)
+def test_a_reloading_worker_lets_running_tasks_end(
+    reloaded: Reloaded,
+    database_url: str,
+    probe: Probe,
+    send: Callable[[Process, int], None],
+    number: int,
+) -> None:
+    worker = reloaded.start()
+    with probe.gate("waiting") as open_gate:
+        enqueue(database_url, "wait")
+        probe.wait("waiting")
+        [child] = psutil.Process(worker.pid).children()
+        send(worker, number)
+        worker.wait_line("stops")
+        assert psutil.Process(worker.pid).children() == [child]
+        open_gate()
+        assert worker.wait() == 0
+    assert not child.is_running()
+    assert rows(database_url, "state, claims") == [("DONE", 1)]
+
+
+@pytest.mark.parametrize(
+    ("send", "number"),
+    [(Process.send, signal.SIGTERM), (Process.send_all, signal.SIGINT)],
+    ids=["SIGTERM", "Ctrl-C"],
+)
+def test_a_second_signal_makes_a_reloading_worker_leave_at_once(
+    reloaded: Reloaded,
+    database_url: str,
+    probe: Probe,
+    send: Callable[[Process, int], None],
+    number: int,
+) -> None:
+    worker = reloaded.start()
+    with probe.gate("waiting"):
+        enqueue(database_url, "wait")
+        probe.wait("waiting")
+        [child] = psutil.Process(worker.pid).children()
+        send(worker, number)
+        worker.wait_line("stops")
+        send(worker, number)
+        assert worker.wait() == 0
+        assert not child.is_running()
+    assert rows(database_url, "state, attempts, crashes") == [("PENDING", 0, 0)]
+
+
+def test_code_that_changes_after_a_signal_does_not_cut_tasks_short(
+    reloaded: Reloaded, database_url: str, probe: Probe
+) -> None:
+    worker = reloaded.start()
+    with probe.gate("waiting") as open_gate:
+        enqueue(database_url, "wait")
+        probe.wait("waiting")
+        worker.send(signal.SIGTERM)
+        worker.wait_line("stops")
+        reloaded.write("the second")
+        worker.wait_line("Detected change")
+        open_gate()
+        assert worker.wait() == 0
+    assert rows(database_url, "state, result, claims") == [("DONE", "one", 1)]
+    assert "this is the second" not in worker.output
+
+
+def test_code_that_cannot_be_loaded_is_waited_for(reloaded: Reloaded) -> None:
+    worker = reloaded.start()
+    worker.wait_line("flask_beanqueue")
+    reloaded.write("the second", "and this is no code")
+    worker.wait_line("SyntaxError")
+    worker.wait_line("it starts again when code changes")
+    reloaded.write("the third")
+    worker.wait_line("this is the third")
+    worker.wait_line("flask_beanqueue", times=2)
+    reloaded.write("the fourth", "and this is no code")
+    worker.wait_line("it starts again when code changes", times=2)
+    assert worker.stop() != 0
+
+
+def test_a_reloading_worker_ends_as_its_worker_does(reloaded: Reloaded, database_url: str) -> None:
+    assert reloaded.start("--burst").wait() == 0
+    enqueue(database_url, "kill")
+    assert reloaded.start().wait() == 128 + signal.SIGKILL
+    query(database_url, "DROP TABLE bq_events")
+    worker = reloaded.start()
+    assert worker.wait() == 1
+    worker.wait_line("flask bq create-tables")

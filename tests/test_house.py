@@ -26,7 +26,7 @@ FLOORS = """
     connection
     queries
     models
-    marks
+    marks reloader
     supervisor bell listen signals retry
     arguments options config claim log errors
 """
