@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
-from flask_beanqueue import BeanQueue
+from flask_beanqueue import BeanQueue, current_task
 
 Work = Callable[..., None]
 
@@ -104,6 +104,28 @@ def test_a_task_that_is_always_interrupted_fails_in_the_end(
     assert (task.state, task.interruptions) == ("FAILED", 20)
     assert "went away 20 times while this task ran. It will not be run again" in task.error_message
     assert [event.type for event in task.events] == ["INTERRUPTED"]
+
+
+def test_a_task_that_cannot_connect_is_interrupted_too(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work, only_task: Callable[[], Any]
+) -> None:
+    engine = bq.engine(app)
+
+    @bq.processor()
+    def read(db: Any) -> None:
+        engine.dispose()
+        db.execute(sa.text("SELECT 1"))
+
+    def refuse(dialect: Any, record: Any, args: Any, kwargs: Any) -> None:
+        if current_task:
+            raise dialect.loaded_dbapi.OperationalError("sorry, too many clients already")
+
+    sa.event.listen(engine, "do_connect", refuse)
+    start(app, db, read)
+    work()
+    task = only_task()
+    assert (task.state, task.interruptions) == ("PENDING", 1)
+    assert task.error_message.endswith("OperationalError: sorry, too many clients already")
 
 
 def test_a_processor_that_wraps_the_loss_is_interrupted_too(
