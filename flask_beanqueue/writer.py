@@ -160,7 +160,10 @@ class Writer:
         except sa.exc.DBAPIError as error:
             self._unsure |= {outcome.claim for outcome in part}
             if is_lock_timeout(error):
-                if unlocked := self._unlocked(connection, part):
+                unlocked = self._unlocked(connection, part)
+                if len(unlocked) == len(part):
+                    self._keep(part)  # a trigger of the app's own waits for some other lock
+                elif unlocked:
                     self._write_part(connection, unlocked)
             elif not is_refusal(error):
                 raise
@@ -196,10 +199,13 @@ class Writer:
     def _unlocked(self, connection: Connection, part: list[Outcome]) -> list[Outcome]:
         """Return those whose rows nobody has locked, and keep the others for later."""
         ids = self._queue.queries.locked(connection, [outcome.claim.id for outcome in part])
+        self._keep([outcome for outcome in part if outcome.claim.id in ids])
+        return [outcome for outcome in part if outcome.claim.id not in ids]
+
+    def _keep(self, part: list[Outcome]) -> None:
+        """Keep what is locked for later."""
         for outcome in part:
             claim = outcome.claim
-            if claim.id not in ids:
-                continue
             if claim not in self._locked:
                 log.warning(
                     "%s cannot be ended yet: another transaction keeps its row locked",
@@ -209,7 +215,6 @@ class Writer:
             self._forget(claim)
             self._locked[claim] = outcome
         self._locked_until = time.monotonic() + LOCKED_AGAIN
-        return [outcome for outcome in part if outcome.claim.id not in ids]
 
     def _forget(self, claim: Claim) -> None:
         self._backlog.pop(claim, None)

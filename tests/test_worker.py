@@ -537,6 +537,39 @@ def test_a_locked_row_is_passed_and_done_later(
     assert set(log) == {1, 2, 3}
 
 
+def test_a_trigger_that_waits_holds_up_no_other_task(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log
+) -> None:
+    """The rows of the queue are not locked then, but what an app's own trigger wants."""
+
+    @bq.processor()
+    def slow() -> None:
+        log.add("slow")
+
+    with app.app_context(), running(app, bq):
+        db.session.execute(
+            sa.text("""
+                CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS $$
+                BEGIN
+                    PERFORM pg_advisory_xact_lock(1);
+                    RETURN NEW;
+                END $$;
+                CREATE TRIGGER wait BEFORE UPDATE ON bq_tasks FOR EACH ROW
+                    WHEN (NEW.func_name = 'slow' AND NEW.state = 'DONE') EXECUTE FUNCTION wait()
+            """)
+        )
+        first = slow.enqueue()
+        db.session.commit()
+        with bq.engine(app).begin() as connection:
+            connection.execute(sa.text("SELECT pg_advisory_xact_lock(1)"))
+            log.wait(1)
+            second = note.enqueue(number=2)
+            db.session.commit()
+            wait_until(db, lambda: second.state == "DONE")
+            assert first.state == "PROCESSING"
+        wait_until(db, lambda: first.state == "DONE")
+
+
 def test_a_burst_leaves_what_it_cannot_have(
     app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, work: Work, log: Log
 ) -> None:
