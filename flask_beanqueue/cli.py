@@ -11,12 +11,13 @@ import typing as t
 
 import click
 import sqlalchemy as sa
-from flask import Flask, current_app
+from flask import Flask
 from flask.cli import AppGroup
 from flask.logging import default_handler
 
 from . import reloader
 from .arguments import ArgumentError
+from .claim import this_app
 from .config import ConfigError
 from .connection import connect
 from .errors import sqlstate
@@ -37,7 +38,7 @@ bq_cli = AppGroup("bq", help="Run workers and make tasks.")
 
 
 def current() -> tuple[Flask, BeanQueue]:
-    app = t.cast(t.Any, current_app)._get_current_object()
+    app = this_app()
     return app, app.extensions["beanqueue"]
 
 
@@ -162,7 +163,7 @@ def create_tables_command() -> None:
     """
     app, bq = current()
     engine = bq.engine(app)
-    with readable_errors("GRANT CREATE"):
+    with readable_errors("GRANT CREATE on it"):
         inspector = sa.inspect(engine)
         for table in bq.models.tables:
             if inspector.has_table(table.name, schema=table.schema):
@@ -271,6 +272,8 @@ def readable_errors(
         else:
             raise
         raise click.ClickException(message) from error
+    except sa.exc.IntegrityError as error:
+        raise click.ClickException(f"The database refuses this: {reason(error)}") from error
     except sa.exc.OperationalError as error:
         raise click.ClickException(f"The database cannot be used: {reason(error)}") from error
     except ConfigError as error:

@@ -433,12 +433,15 @@ class Queries:
 
         :raises sqlalchemy.exc.ProgrammingError: naming what is not.
         """
-        for table in self.models.tables:
+        worker, task, event = self.models.tables
+        for table in (worker, task, event):
             nothing = sa.select(*table.columns).where(sa.false())
-            if table is not self.models.event.__table__:
-                # Which also takes the right to UPDATE.
+            if table is not event:  # which also takes the right to UPDATE
                 nothing = nothing.with_for_update(key_share=True)
             connection.execute(nothing).close()
+        for table in (worker, event):  # and here the right to INSERT
+            nothing = sa.select(table.c.id).where(sa.false())
+            connection.execute(sa.insert(table).from_select(["id"], nothing))
 
     def add_worker(
         self, connection: Connection, worker_id: uuid.UUID, name: str, channels: t.Sequence[str]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -26,6 +27,13 @@ def end_on_signals() -> None:
     handlers, when there is nothing to lose."""
     for number in OTHER:
         signal.signal(number, lambda *_: os._exit(0))
+
+
+def flush() -> None:
+    """Write what was printed."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # it may be closed
+            stream.flush()
 
 
 class Relay:
@@ -129,6 +137,7 @@ class Supervisor:
         with self._relay.held() as mask:
             if self._relay.stopping:
                 return
+            flush()  # or the child would have it, too
             pid = os.fork()
             if pid == 0:
                 self._run_child(index, mask)
@@ -145,6 +154,7 @@ class Supervisor:
         except BaseException:
             traceback.print_exc()
         finally:
+            flush()
             os._exit(code)
 
     def _follow(self) -> None:

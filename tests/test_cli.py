@@ -24,6 +24,7 @@ import flask_beanqueue
 from flask_beanqueue import BeanQueue, LimitAttempt
 from flask_beanqueue.cli import bq_cli
 
+from .apps import faults
 from .conftest import MakeApp
 from .probe import Probe, query
 from .processes import Process, Processes
@@ -145,7 +146,7 @@ def test_create_tables_without_the_right_names_the_role(
     assert process.wait() == 1
     line = process.output.splitlines()[0]  # psycopg 3 may warn of its pool afterwards
     assert line == (
-        f"Error: permission denied for schema public. Let its owner GRANT CREATE to {role}."
+        f"Error: permission denied for schema public. Let its owner GRANT CREATE on it to {role}."
     )
 
 
@@ -244,6 +245,17 @@ def test_submit_without_tables_says_how_to_make_them(invoke: Invoke, double: Any
     assert "flask bq create-tables" in result.output
 
 
+def test_submit_says_what_the_tables_own_rules_refuse(
+    invoke: Invoke, double: Any, database_url: str
+) -> None:
+    query(database_url, "ALTER TABLE bq_tasks ADD CONSTRAINT polite CHECK (priority < 5)")
+    result = invoke(
+        "submit", "numbers", __name__, "double", "-k", '{"number": 1}', "--priority", "9"
+    )
+    assert result.exit_code == 1
+    assert 'The database refuses this: new row for relation "bq_tasks"' in result.output
+
+
 def test_submit_to_an_outdated_table_says_what_it_lacks(
     invoke: Invoke, double: Any, database_url: str
 ) -> None:
@@ -330,12 +342,17 @@ def test_a_worker_on_an_outdated_table_says_what_it_lacks(
         ("SELECT ON ALL TABLES IN SCHEMA public", "bq_workers"),
         ("SELECT, INSERT, UPDATE ON bq_workers", "bq_tasks"),
         ("SELECT, INSERT, UPDATE ON bq_workers, bq_tasks", "bq_events"),
+        (
+            "SELECT ON bq_events TO {role}; GRANT SELECT, INSERT, UPDATE ON bq_workers, bq_tasks",
+            "bq_events",
+        ),
+        ("SELECT, UPDATE ON bq_workers, bq_tasks, bq_events", "bq_workers"),
     ],
 )
 def test_a_worker_without_rights_names_the_table_and_the_role(
     processes: Processes, database_url: str, role: str, role_url: str, granted: str, table: str
 ) -> None:
-    query(database_url, f"GRANT {granted} TO {role}")
+    query(database_url, f"GRANT {granted.format(role=role)} TO {role}")
     process = processes.flask("--app", APP, "bq", "worker", "default", DATABASE_URL=role_url)
     assert process.wait() == 1
     line = process.output.splitlines()[0]  # psycopg 3 may warn of its pool afterwards
@@ -356,6 +373,25 @@ def test_a_worker_needs_no_other_rights(
     )
     assert process.wait() == 0
     process.wait_line("no.where")
+
+
+@pytest.mark.parametrize("processes_wanted", [1, 2])
+def test_what_tasks_print_is_not_lost(
+    app: Flask, processes: Processes, database_url: str, processes_wanted: int
+) -> None:
+    """Also where it is kept back, for a file or a pipe gets it in larger pieces."""
+    query(
+        database_url,
+        "INSERT INTO bq_tasks (channel, module, func_name) VALUES ('faults', %s, 'talk')",
+        faults.__name__,
+    )
+    worker = processes.flask(
+        *("--app", "tests.apps.faults", "bq", "worker", "--burst"),
+        *("--processes", str(processes_wanted)),
+        PYTHONUNBUFFERED="",
+    )
+    assert worker.wait() == 0
+    assert worker.output.count("a word") == 1
 
 
 @pytest.mark.usefixtures("drop_tables")

@@ -122,6 +122,11 @@ def nothing() -> None:
 
 
 @bq.processor(channel="faults")
+def talk() -> None:
+    print("a word")
+
+
+@bq.processor(channel="faults")
 def killer() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
