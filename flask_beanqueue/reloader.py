@@ -11,7 +11,7 @@ import typing as t
 from werkzeug._reloader import _get_args_for_reloading, reloader_loops
 
 from .log import log
-from .supervisor import Relay, end_on_signals
+from .supervisor import OTHER, Relay, end_on_signals
 
 #: The exit code of a worker that is to start again.
 CHANGED = 3
@@ -44,7 +44,8 @@ def start_again() -> int:
                 break
             wait_for_change(code, relay)  # the code may be half written
         changed = True
-    if code == CHANGED:
+    # A signal that was passed on may meet a process that has done with its handlers already.
+    if code == CHANGED or (relay.stopping and -code in OTHER):
         return 0
     return code if code >= 0 else 128 - code  # as a shell says it
 
