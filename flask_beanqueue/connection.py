@@ -79,12 +79,20 @@ def named(engines: t.Iterable[Engine], worker_id: uuid.UUID) -> t.Iterator[None]
         kwargs["application_name"] = name
         record.info["beanqueue"] = gone
 
+    def connect(connection: t.Any, record: t.Any) -> None:
+        if record.info.get("beanqueue") is gone:
+            return
+        # The app connects by itself, with a creator or a do_connect of its own.
+        connection.cursor().execute(f"SET application_name = '{name}'")
+        connection.commit()
+        record.info["beanqueue"] = gone
+
     def checkout(connection: t.Any, record: t.Any, proxy: t.Any) -> None:
         if "beanqueue" not in record.info:  # connected before: the pool connects it anew
             raise sa.exc.DisconnectionError
 
     engines = [engine for engine in engines if engine.dialect.name == "postgresql"]
-    listeners = (do_connect, checkout)
+    listeners = (do_connect, connect, checkout)
     for engine in engines:
         for listener in listeners:
             sa.event.listen(engine, listener.__name__, listener)

@@ -468,7 +468,7 @@ def require(model: t.Any, mixin: type) -> None:
     if mixin is TaskModelMixin:
         return  # tasks with columns of their own may be made by the app alone
     for column in model.__table__.columns:
-        filled = column.nullable or column.server_default is not None or column.identity is not None
+        filled = column.nullable or column.server_default is not None
         if not filled and column.key not in columns:
             raise TypeError(
                 f"{model.__module__}.{model.__name__}.{column.key} cannot be empty, and the queue,"
