@@ -216,7 +216,8 @@ class Worker:
             yield
         finally:
             for number, previous in zip(numbers, before, strict=True):
-                signal.signal(number, previous)
+                # None: by something that is not Python.
+                signal.signal(number, signal.SIG_DFL if previous is None else previous)
 
     def _loop(self) -> None:
         while not self._stopping:
@@ -293,7 +294,7 @@ class Worker:
 
     def _fill(self) -> None:
         """Claim as much as will start within a short while."""
-        if self._suspect.claim is not None or time.monotonic() < self._quiet_until:
+        if self._occupied or time.monotonic() < self._quiet_until:
             return
         connection = self._line.connection
         if not self._looked and not self._look(connection):
@@ -333,6 +334,13 @@ class Worker:
             pause = self._poll_timeout if look.next_due is None else look.next_due
             self._quiet_until = now + min(pause, self._poll_timeout)
         return due
+
+    @property
+    def _occupied(self) -> bool:
+        """Whether a suspect is here, beside which nothing may begin. One that is through and waits
+        for somebody's lock is no danger."""
+        claim = self._suspect.claim
+        return claim is not None and not self._writer.keeps(claim)
 
     def _serve_suspect(self) -> None:
         """Start the suspect as soon as nothing else is held that it could take along; give it
@@ -422,7 +430,7 @@ class Worker:
             until += [self._strays_at, self._take_over_at]
             if self._suspect.waits:
                 until.append(self._suspect.until)
-            elif self._suspect.claim is None and self._crew.wanted > 0:
+            elif not self._occupied and self._crew.wanted > 0:
                 until.append(self._quiet_until)
             if self.config.LISTEN and not self._listener.listens:
                 until.append(self._listener.next_try)

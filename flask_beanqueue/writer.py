@@ -69,6 +69,10 @@ class Writer:
             return 0.0
         return self._locked_until if self._locked else float("inf")
 
+    def keeps(self, claim: Claim) -> bool:
+        """Whether its outcome is known, and waits for a lock."""
+        return claim in self._locked
+
     @property
     def free(self) -> int:
         """How many claims are held whose rows are not known to be locked."""
@@ -179,10 +183,13 @@ class Writer:
             self._announce(outcome)
         if plain:
             return  # the rest has moved, and stays to be written
-        for claim in {outcome.claim for outcome in part} - {outcome.claim for outcome in written}:
-            if claim in self.held and claim not in self._unsure:
-                outcomes.lost(claim)
-            self.release(claim)
+        ids = {outcome.claim.id for outcome in written}
+        for outcome in part:
+            if outcome.claim.id in ids:
+                continue
+            if outcome.claim in self.held and outcome.claim not in self._unsure:
+                outcomes.lost(outcome)
+            self.release(outcome.claim)
 
     def _fall_back(self, outcome: Outcome, error: BaseException) -> None:
         """Let something else be written in place of an outcome that the database refuses."""

@@ -444,6 +444,31 @@ def test_a_task_that_was_in_a_crash_is_not_left_waiting_by_an_idle_worker(
         log.wait(2)
 
 
+def test_a_task_that_was_in_a_crash_and_is_locked_at_its_end_stalls_nobody(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log
+) -> None:
+    gate = threading.Event()
+
+    @bq.processor()
+    def suspected() -> None:
+        log.add("suspected")
+        gate.wait(60)
+
+    with app.app_context(), running(app, bq):
+        suspect = suspected.run()
+        suspect.crashes = 1
+        db.session.add(suspect)
+        db.session.commit()
+        log.wait(1)
+        with bq.engine(app).begin() as connection:
+            connection.execute(sa.select(bq.Task.__table__).with_for_update())
+            gate.set()
+            note.enqueue(number=2)
+            db.session.commit()
+            log.wait(2)
+        wait_until(db, lambda: suspect.state == "DONE")
+
+
 def test_a_worker_that_leaves_gives_back_a_task_that_waits_to_be_alone(
     app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -754,6 +779,40 @@ def test_connections_from_before_the_worker_get_its_name(
     with app.app_context():
         [worker] = db.session.scalars(sa.select(bq.Worker))
     assert log == [f"beanqueue {worker.id}"]
+
+
+@pytest.mark.parametrize("how", ["creator", "do_connect"])
+def test_connections_that_the_app_makes_itself_get_the_name_too(
+    make_app: Any, db: SQLAlchemy, bq: BeanQueue, log: Log, how: str
+) -> None:
+    """As it does where a cloud hands out its passwords by the hour."""
+    app = make_app(db, bq)
+    engine = bq.engine(app)
+    if how == "do_connect":
+        sa.event.listen(
+            engine,
+            "do_connect",
+            lambda dialect, record, args, kwargs: dialect.connect(*args, **kwargs),
+        )
+    else:
+        args, kwargs = engine.dialect.create_connect_args(engine.url)
+        connect = engine.dialect.loaded_dbapi.connect
+        with app.app_context():
+            db.engines[None] = sa.create_engine(
+                engine.url, creator=lambda: connect(*args, **kwargs), poolclass=sa.QueuePool
+            )
+
+    @bq.processor()
+    def name(db: Any) -> None:
+        log.add(db.scalar(sa.text("SELECT current_setting('application_name')")))
+
+    with app.app_context():
+        name.enqueue()
+        db.session.commit()
+        bq.process_tasks(app=app, burst=True)
+        [worker] = db.session.scalars(sa.select(bq.Worker))
+    assert log == [f"beanqueue {worker.id}"]
+    engine.dispose()
 
 
 def test_connections_do_not_keep_the_name_of_a_worker_that_has_gone(
