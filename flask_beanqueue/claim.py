@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import dataclasses
 import json
 import typing as t
 import uuid
 
+from flask import Flask, current_app, has_app_context
+
 
 class ClaimLost(Exception):
-    """The task was given to another worker; nothing that this one wrote may be committed."""
+    """The task is no longer as it was claimed; nothing that its processor wrote may be committed.
+
+    It was given to another worker, cancelled or deleted, or its processor has changed it past the
+    ORM.
+    """
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -36,6 +43,8 @@ class Claim:
     interruptions: int
     #: Seconds for which workers have met this task without knowing its processor.
     unknown_for: float | None
+    #: The app that runs it.
+    app: t.Any = None
     #: What the driver raised when connections to the queue's database were lost meanwhile.
     losses: tuple[BaseException, ...] = ()
     #: A transaction of ``db.session`` has reached the database.
@@ -78,11 +87,36 @@ class Claim:
         return {"task_id": str(self.id), "task_name": self.name, "task_channel": self.channel}
 
 
-#: The claim whose processor runs in this context.
-current_claim: contextvars.ContextVar[Claim] = contextvars.ContextVar("bq_claim")
+#: The claim whose processor runs in this context, or around it.
+_current: contextvars.ContextVar[Claim] = contextvars.ContextVar("bq_claim")
+
+
+@contextlib.contextmanager
+def running(claim: Claim, app: Flask) -> t.Iterator[None]:
+    """Let a claim be the current one while an app runs its task."""
+    claim.app = app
+    token = _current.set(claim)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def this_app() -> Flask:
+    """The current app itself."""
+    return t.cast(t.Any, current_app)._get_current_object()  # type: ignore[no-any-return]
+
+
+def current_claim() -> Claim | None:
+    """The claim whose processor runs here. In the context of another app there is none: its queue
+    is another, and so may be its database."""
+    claim = _current.get(None)
+    if claim is not None and has_app_context() and this_app() is not claim.app:
+        return None
+    return claim
 
 
 def current_task_id() -> uuid.UUID | None:
     """The id of the task that runs in this context; the parent of those made meanwhile."""
-    claim = current_claim.get(None)
+    claim = current_claim()
     return None if claim is None else claim.id

@@ -38,7 +38,9 @@ def is_interruption(error: BaseException, losses: t.Collection[BaseException]) -
     if losses and isinstance(error, sa.exc.PendingRollbackError):
         return True  # the processor went on in the lost transaction
     cause: BaseException | None = error
-    while cause is not None:
+    seen: set[int] = set()
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))  # an exception may be its own cause
         if any(getattr(cause, "orig", None) is loss for loss in losses):
             return True
         cause = cause.__cause__ or cause.__context__

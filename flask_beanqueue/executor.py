@@ -9,7 +9,7 @@ from flask import Flask
 
 from . import fence, signals
 from . import outcome as outcomes
-from .claim import Claim, ClaimLost, current_claim
+from .claim import Claim, ClaimLost, running
 from .config import Config
 from .errors import is_interruption
 from .log import log
@@ -43,21 +43,18 @@ class Executor:
         processor = self.registry.get(claim.module, claim.func_name)
         if processor is None:
             return outcomes.unknown(claim, len(self.registry), self.config.UNKNOWN_GRACE)
-        token = current_claim.set(claim)
         outcome: Outcome | None = None
-        try:
-            with self.app.app_context():
-                outcome = self._attempt(claim, processor)
-            return outcome
-        except BaseException as error:
-            # A function that the app runs around its contexts raised: before the processor, or
-            # after.
-            log.exception("The app context of %s", claim.label, extra=claim.log_extra())
-            if outcome is None and not claim.settled:
-                return outcomes.failed(claim, error)
-            return outcome
-        finally:
-            current_claim.reset(token)
+        with running(claim, self.app):
+            try:
+                with self.app.app_context():
+                    outcome = self._attempt(claim, processor)
+            except BaseException as error:
+                # A function that the app runs around its contexts raised: before the processor, or
+                # after.
+                log.exception("The app context of %s", claim.label, extra=claim.log_extra())
+                if outcome is None and not claim.settled:
+                    return outcomes.failed(claim, error)
+        return outcome
 
     def _attempt(self, claim: Claim, processor: AnyProcessor) -> Outcome | None:
         """Perform the task, and turn whatever it raises into an outcome."""
@@ -74,8 +71,12 @@ class Executor:
                 # The fence tells whether that is so. If the task is still this worker's, the
                 # processor has deleted its row or changed it past the ORM.
                 return outcomes.failed(claim, error)
-            task = self.queue.make_task(claim, attempts=claim.attempts + 1)
-            return outcomes.failed(claim, error, processor, task)
+            return outcomes.failed(
+                claim,
+                error,
+                processor,
+                lambda: self.queue.task_after(claim, attempts=claim.attempts + 1),
+            )
 
     def _perform(self, claim: Claim, processor: AnyProcessor) -> Outcome | None:
         """Call the processor and finish: in its transaction, if it opened one."""

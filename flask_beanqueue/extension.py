@@ -8,7 +8,7 @@ import uuid
 import weakref
 
 import sqlalchemy as sa
-from flask import Flask, current_app, has_app_context
+from flask import Flask, has_app_context
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.engine import Engine
 from werkzeug.local import LocalProxy
@@ -16,7 +16,7 @@ from werkzeug.local import LocalProxy
 from . import fence
 from . import outcome as outcomes
 from . import worker as workers
-from .claim import current_claim
+from .claim import current_claim, this_app
 from .config import PREFIX, Config, ConfigError
 from .models import make_models
 from .notify import listen_events
@@ -68,7 +68,11 @@ class BeanQueue(Queue):
             self._use(db)
             # With models still to come from the app's config, the rest waits for it.
             if app is None:
-                self._make_models()
+                try:
+                    self._make_models()
+                except BaseException:
+                    del db.metadata.info["beanqueue"]  # let the next try have it
+                    raise
         if app is not None:
             self.init_app(app)
 
@@ -126,7 +130,6 @@ class BeanQueue(Queue):
                 " call its init_app."
             )
         self._db = db
-        fence.listen_session(self)
 
     def _make_models(self, config: Config | None = None) -> None:
         own = dict(self._own_models)
@@ -145,6 +148,7 @@ class BeanQueue(Queue):
                 self.db, self._bind_key, own["TASK_MODEL"], own["WORKER_MODEL"], own["EVENT_MODEL"]
             )
             listen_events(self._models.task)
+            fence.listen_session(self)
 
     def _model(self, setting: str) -> t.Any:
         assert self._models is not None
@@ -275,7 +279,7 @@ class BeanQueue(Queue):
         if app is None:
             if not has_app_context():
                 raise RuntimeError("Give app=, or call this in an app context.")
-            app = t.cast(t.Any, current_app)._get_current_object()
+            app = this_app()
         check_app(app)
         if isinstance(channels, str) or not isinstance(channels, t.Iterable):
             example = channels if isinstance(channels, str) else "default"
@@ -372,12 +376,12 @@ def check_engine(engine: Engine, bind_key: str | None) -> None:
 
 
 def _current_task() -> t.Any:
-    claim = current_claim.get(None)
+    claim = current_claim()
     if claim is None:
         raise RuntimeError(
             "Working outside of a task. current_task is there while a worker runs a processor."
         )
-    return current_app.extensions["beanqueue"].attach_task(claim)
+    return this_app().extensions["beanqueue"].attach_task(claim)
 
 
 #: The ``bq.Task`` that is being done, anywhere below its processor.

@@ -121,13 +121,13 @@ def listen_session(queue: Queue) -> None:
     """Watch the sessions of ``db`` for what processors do with them."""
 
     def after_begin(session: Session, transaction: t.Any, connection: t.Any) -> None:
-        if (claim := current_claim.get(None)) is not None:
+        if (claim := current_claim()) is not None:
             claim.began = True
 
     def before_flush(session: Session, context: t.Any, instances: t.Any) -> None:
         # A processor may change its task, or end it by setting its state. A state that was loaded
         # says nothing: somebody else may have set it.
-        if (claim := current_claim.get(None)) is None:
+        if (claim := current_claim()) is None:
             return
         task = queue.known_task(session, claim.id)
         if task is None or not session.is_modified(task):
@@ -139,21 +139,24 @@ def listen_session(queue: Queue) -> None:
 
     def before_commit(session: Session) -> None:
         # A processor commits by itself: fence that commit, too.
-        if (claim := current_claim.get(None)) is None:
+        if (claim := current_claim()) is None:
             return
-        if (savepoint := session.get_nested_transaction()) is not None:
-            # Its release commits nothing, but hands over what it holds.
-            session.flush()
-            if claim.ended_in is savepoint:
-                claim.ended_in = savepoint.parent
+        if session.in_nested_transaction():
+            session.flush()  # the release of a savepoint commits nothing
         elif session.get_transaction() is claim.fenced_in or claim.settled:
             pass  # the fence has been written, or the task has ended and this comes after it
         elif used(session, claim):
             guard(queue, session, claim)
 
     def after_commit(session: Session) -> None:
-        claim = current_claim.get(None)
-        if claim is not None and not session.in_nested_transaction() and ended_in(session, claim):
+        if (claim := current_claim()) is None:
+            return
+        if (savepoint := session.get_nested_transaction()) is not None:
+            # It hands over what it holds. A savepoint around it that is released with it comes
+            # next, and says so only here.
+            if claim.ended_in is savepoint:
+                claim.ended_in = savepoint.parent
+        elif ended_in(session, claim):
             claim.settled = True
 
     for listener in (after_begin, before_flush, before_commit, after_commit):
@@ -164,7 +167,7 @@ def listen_engine(engine: Engine) -> None:
     """Tell apart the connections that tasks lose to the queue's own database from any others."""
 
     def handle_error(context: sa.engine.ExceptionContext) -> None:
-        claim = current_claim.get(None)
+        claim = current_claim()
         lost = context.is_disconnect or context.connection is None  # or never had
         if claim is not None and lost:
             claim.losses += (context.original_exception,)
@@ -181,12 +184,14 @@ def end(queue: Queue, task_id: uuid.UUID, decide: t.Callable[[Claim], Outcome]) 
     session: Session = queue.db.session()
     session.flush()
     connection = queue.connection(session)
+    own = current_claim()
+    if own is not None and own.id == task_id:
+        refuse_other_session(session, own)
     held = queue.queries.held(connection, task_id)
     if held is None:
         raise LookupError(f"There is no task {task_id}.")
     claim, state, parked = held
     claim.parked = parked
-    own = current_claim.get(None)
     if own is not None and own.id == task_id:
         claim = own  # with its own number of claims: it may be lost by now
         claim.changed_in = session.get_transaction()

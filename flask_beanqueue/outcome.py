@@ -14,6 +14,7 @@ from sqlalchemy.engine import Connection
 from . import signals
 from .arguments import to_json
 from .claim import Claim
+from .errors import is_interruption
 from .listen import notify_name
 from .log import log, reason
 from .models import DONE, FAILED, PENDING, PROCESSING, uuid7
@@ -109,12 +110,12 @@ def failed(
     claim: Claim,
     error: BaseException,
     processor: AnyProcessor | None = None,
-    task: t.Any = None,
+    get_task: t.Callable[[], t.Any] | None = None,
 ) -> Outcome:
     """The processor raised: try again, if its policy says so.
 
     :param processor: whose policy is asked; none, where it could not help.
-    :param task: what the policy is asked about.
+    :param get_task: what the policy is asked about.
     """
     outcome = Outcome(
         claim,
@@ -124,12 +125,12 @@ def failed(
         traceback=storable_text(trace(error), TRACEBACK_LENGTH),
         attempts=1,
     )
-    if processor is None or processor.retry_policy is None:
+    if processor is None or processor.retry_policy is None or get_task is None:
         return outcome
     try:
         if not isinstance(error, processor.retry_exceptions):
             return outcome
-        verdict = processor.retry_policy(task)
+        verdict = processor.retry_policy(get_task())
         if isinstance(verdict, datetime.timedelta):
             # now() + delay must stay a date that Python can read.
             outcome.delay = min(max(verdict.total_seconds(), 0.0), 100 * 365 * 86400.0)
@@ -141,7 +142,9 @@ def failed(
                 "A retry policy answers a timedelta, a datetime with a time zone, or None, not"
                 f" {verdict!r}"
             )
-    except BaseException:
+    except BaseException as problem:
+        if is_interruption(problem, claim.losses):
+            return interrupted(claim, problem)
         log.exception("The retry policy of %s failed", claim.label, extra=claim.log_extra())
         return outcome
     if verdict is not None:
@@ -266,7 +269,7 @@ def announce(app: t.Any, queue: Queue, outcome: Outcome) -> None:
     claim = outcome.claim
 
     def task() -> t.Any:
-        return queue.make_task(
+        return queue.task_after(
             claim,
             state=outcome.state,
             attempts=claim.attempts + outcome.attempts,
@@ -294,13 +297,14 @@ def announce(app: t.Any, queue: Queue, outcome: Outcome) -> None:
         signals.send(signal, app, task=task(), error=outcome.error_message)
 
 
-def lost(claim: Claim) -> None:
-    """Log that a claim is no longer this worker's."""
-    log.warning(
-        "%s is no longer this worker's; what it wrote is rolled back",
-        claim.label,
-        extra=claim.log_extra(),
-    )
+def lost(outcome: Outcome) -> None:
+    """Log that the claim of an outcome is no longer this worker's."""
+    claim = outcome.claim
+    if outcome.interruptions:
+        words = "had ended, or was taken over, when it lost its connection"
+    else:
+        words = "is no longer this worker's; what it wrote is rolled back"
+    log.warning(f"%s {words}", claim.label, extra=claim.log_extra())
 
 
 # Nothing that a task returns or raises may keep its outcome from being written.

@@ -92,36 +92,43 @@ class Queue:
             session.add(task)
         return task
 
-    def make_task(
-        self,
-        claim: Claim,
-        *,
-        state: str = PROCESSING,
-        attempts: int | None = None,
-        error_message: str | None = None,
-    ) -> t.Any:
+    def task_after(self, claim: Claim, **values: t.Any) -> t.Any:
+        """Return the ``bq.Task`` of a claim in ``db.session`` as it is after an attempt.
+
+        :param values: what is known of its columns; the others load themselves.
+        """
+        session = self.db.session()
+        task = self.known_task(session, claim.id)
+        if task is None:
+            task = self.attach_task(claim)
+        else:
+            session.expire(task)
+        for name, value in values.items():
+            sa_orm.attributes.set_committed_value(task, name, value)
+        return task
+
+    def make_task(self, claim: Claim) -> t.Any:
         """Make the ``bq.Task`` of a claim without asking the database, in no session."""
         task = self.Task(
             id=claim.id,
-            state=state,
+            state=PROCESSING,
             channel=claim.channel,
             module=claim.module,
             func_name=claim.func_name,
             priority=claim.priority,
             claims=claim.claims,
-            attempts=claim.attempts if attempts is None else attempts,
+            attempts=claim.attempts,
             crashes=claim.crashes,
+            interruptions=claim.interruptions,
         )
         with contextlib.suppress(ValueError):
             task.kwargs = claim.kwargs
-        if state != PROCESSING:
-            task.error_message = error_message
         sa_orm.make_transient_to_detached(task)
         return task
 
     def injection(self, names: t.Iterable[str]) -> dict[str, t.Any]:
         """The arguments that a processor is given beside its task's."""
-        claim = current_claim.get(None)
+        claim = current_claim()
         injected: dict[str, t.Any] = {}
         for name in names:
             if name == "db":

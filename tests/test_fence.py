@@ -169,6 +169,91 @@ def test_what_a_teardown_function_commits_after_the_tasks_end_is_kept(
     assert "Traceback" not in caplog.text
 
 
+def test_an_end_in_a_savepoint_that_is_released_with_the_one_around_it_counts(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work
+) -> None:
+    @bq.processor()
+    def decide(db: Any, task: Any, savepoint: Any) -> None:
+        db.begin_nested()
+        db.add(Note(text="kept"))
+        task.state = "CANCELLED"
+        db.flush()
+
+    with app.app_context():
+        decide.enqueue()
+        db.session.commit()
+    work()
+    assert texts(app, db, Note) == ["kept"]
+    assert only_task(app, bq).state == "CANCELLED"
+
+
+@pytest.mark.parametrize("how", ["row", "enqueue", "enqueue_many", "complete"])
+def test_a_processor_may_use_another_app_of_the_same_db(
+    make_app: Any, db: SQLAlchemy, bq: BeanQueue, Note: Any, other_database_url: str, how: str
+) -> None:
+    """Its database knows nothing of the task."""
+    one = make_app(db, bq)
+    two = make_app(db, bq, SQLALCHEMY_DATABASE_URI=other_database_url)
+
+    @bq.processor(channel="other", auto_complete=False)
+    def child() -> None:
+        pass
+
+    @bq.processor()
+    def parent() -> None:
+        with two.app_context():
+            assert not current_task
+            if how == "row":
+                db.session.add(Note(text="there"))
+            elif how == "enqueue":
+                child.enqueue()
+            elif how == "enqueue_many":
+                child.enqueue_many([{}])
+            else:
+                bq.complete(parked)
+            db.session.commit()
+        assert current_task
+
+    with two.app_context():
+        parked = child.enqueue().id
+        db.session.commit()
+        bq.process_tasks(["other"], app=two, burst=True)
+    with one.app_context():
+        parent.enqueue()
+        db.session.commit()
+        bq.process_tasks(["default"], app=one, burst=True)
+        task = db.session.scalars(sa.select(bq.Task)).one()
+        assert (task.state, task.error_message) == ("DONE", None)
+    with two.app_context():
+        tasks = set(db.session.scalars(sa.select(bq.Task.state)))
+        assert (
+            tasks
+            == {
+                "row": {"PROCESSING"},
+                "enqueue": {"PROCESSING", "PENDING"},
+                "enqueue_many": {"PROCESSING", "PENDING"},
+                "complete": {"DONE"},
+            }[how]
+        )
+
+
+def test_an_end_in_another_session_than_that_of_a_change_raises(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work
+) -> None:
+    @bq.processor()
+    def decide(db: Any, task: Any) -> None:
+        task.priority = 3
+        db.flush()
+        with app.app_context():
+            bq.complete(task.id)
+
+    with app.app_context():
+        decide.enqueue()
+        db.session.commit()
+    work()
+    assert "changed its own task in another session" in only_task(app, bq).error_message
+
+
 def test_a_state_set_in_another_session_than_that_of_a_change_raises(
     app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work
 ) -> None:

@@ -191,6 +191,70 @@ def test_what_a_processor_raises_after_it_recovered_is_a_failure(
     assert (task.state, task.error_message) == ("FAILED", "ValueError: the task's own doing")
 
 
+@pytest.mark.parametrize("loses", [True, False])
+def test_an_exception_that_is_its_own_cause_is_a_failure(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work, only_task: Callable[[], Any], loses: bool
+) -> None:
+    @bq.processor()
+    def again(db: Any) -> None:
+        if loses:
+            with contextlib.suppress(sa.exc.DBAPIError):
+                db.execute(KILL)
+            db.rollback()
+        try:
+            raise ValueError("odd")
+        except ValueError as error:
+            raise error from error
+
+    start(app, db, again)
+    work()
+    assert only_task().error_message == "ValueError: odd"
+
+
+def test_a_retry_policy_that_loses_the_connection_is_interrupted(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work, only_task: Callable[[], Any]
+) -> None:
+    @bq.processor(retry_policy=lambda task: db.session.execute(KILL))
+    def kill() -> None:
+        raise ValueError
+
+    start(app, db, kill)
+    work()
+    task = only_task()
+    assert (task.state, task.interruptions) == ("PENDING", 1)
+
+
+def test_a_commit_whose_answer_is_lost_is_not_called_rolled_back(
+    app: Flask,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    Note: Any,
+    work: Work,
+    only_task: Callable[[], Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    lost = []
+
+    @bq.processor()
+    def write(db: Any) -> None:
+        db.add(Note(text="kept"))
+
+    def lose(connection: Any) -> None:
+        if current_task and not lost:
+            dbapi_connection = connection.connection.dbapi_connection
+            dbapi_connection.commit()
+            dbapi_connection.close()
+            lost.append(1)
+
+    sa.event.listen(bq.engine(app), "commit", lose)
+    start(app, db, write)
+    work()
+    assert lost == [1]
+    assert only_task().state == "DONE"
+    assert "had ended, or was taken over, when it lost its connection" in caplog.text
+    assert "rolled back" not in caplog.text
+
+
 @pytest.mark.parametrize("lives", [True, False])
 def test_losing_another_database_is_a_failure(
     app: Flask,

@@ -469,6 +469,15 @@ def test_an_own_task_without_worker_id_is_told_the_mixin_for_it(db: Any) -> None
         BeanQueue(db=db, task_model=Job)
 
 
+def test_a_db_whose_first_queue_was_refused_takes_another(db: Any) -> None:
+    class Job(fbq.TaskModelMixin, db.Model):  # type: ignore[misc]
+        pass
+
+    with pytest.raises(TypeError):
+        BeanQueue(db=db, task_model=Job)
+    assert BeanQueue(db=db).Task
+
+
 def test_an_own_worker_without_the_queues_columns_is_refused(db: Any) -> None:
     class Machine(db.Model):  # type: ignore[misc]
         id: Mapped[uuid.UUID] = mapped_column(primary_key=True)

@@ -257,12 +257,36 @@ def test_a_policy_is_asked_about_the_task_as_it_is_after_the_attempt(fail_with: 
     seen = []
 
     def policy(task: Any) -> datetime.timedelta | None:
-        seen.append((task.attempts, task.func_name, task.kwargs, task.crashes))
+        columns = sa.inspect(type(task)).columns.keys()
+        seen.append({name: getattr(task, name) for name in columns})
         return datetime.timedelta(0) if task.attempts < 2 else None
 
     task = fail_with(ValueError(), retry_policy=policy)
-    assert seen == [(1, "fail", {}, 0), (2, "fail", {}, 0)]
-    assert task.state == "FAILED"
+    assert [each["attempts"] for each in seen] == [1, 2]
+    assert {each["func_name"] for each in seen} == {"fail"}
+    assert {each["created_at"] for each in seen} == {task.created_at}
+    assert (task.state, task.attempts) == ("FAILED", 2)
+
+
+def test_a_policy_is_asked_about_the_processors_own_task_as_it_is_after_the_attempt(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work
+) -> None:
+    seen = []
+
+    def policy(task: Any) -> None:
+        seen.append((task.attempts, task.priority, task.claims, task.created_at is not None))
+
+    @bq.processor(retry_policy=policy)
+    def fail(db: Any, task: Any) -> None:
+        task.priority = 3
+        db.flush()
+        raise ValueError
+
+    with app.app_context():
+        fail.enqueue()
+        db.session.commit()
+    work()
+    assert seen == [(1, 0, 1, True)]
 
 
 @pytest.mark.timeout(20)

@@ -40,7 +40,16 @@ SIGNALS = (
 )
 
 
-COLUMNS = ("id", "state", "func_name", "kwargs", "attempts", "error_message")
+COLUMNS = (
+    "id",
+    "state",
+    "func_name",
+    "kwargs",
+    "attempts",
+    "error_message",
+    "result",
+    "created_at",
+)
 
 
 @pytest.fixture
@@ -75,9 +84,10 @@ both_ways = pytest.mark.parametrize(
 @pytest.fixture
 def succeed(bq: BeanQueue, Note: Any, uses_session: bool) -> Any:
     @bq.processor()
-    def succeed() -> None:
+    def succeed() -> str:
         if uses_session:
             bq.db.session.add(Note(text="done"))
+        return "well"
 
     return succeed
 
@@ -120,6 +130,7 @@ def test_a_task_that_succeeds(
     assert task_begun["task"].id == task_done["task"].id == task.id
     done = task_done["task"]
     assert (done.state, done.func_name, done.kwargs, done.attempts) == ("DONE", "succeed", {}, 1)
+    assert (done.result, done.created_at) == ("well", task.created_at)
 
 
 @both_ways
