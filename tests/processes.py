@@ -10,6 +10,9 @@ import threading
 import time
 from typing import Any
 
+#: What a worker says when it is ready.
+READY = " known; "
+
 
 class Process:
     """A command whose output is kept, in a process group of its own.
@@ -129,9 +132,10 @@ class Processes:
         return self.python("-m", "flask", *arguments, **env)
 
     def worker(self, app: str, *arguments: str, **env: Any) -> Process:
-        """Start a worker and wait until it is ready."""
+        """Start a worker and wait until all its processes are ready."""
         process = self.flask("--app", app, "bq", "worker", *arguments, **env)
-        process.wait_line("flask_beanqueue")
+        number = arguments.index("--processes") + 1 if "--processes" in arguments else None
+        process.wait_line(READY, times=1 if number is None else int(arguments[number]))
         return process
 
     def clean_up(self) -> None:

@@ -17,7 +17,7 @@ from flask import Flask
 
 from .apps import faults
 from .probe import Probe, connect, query
-from .processes import Process, Processes
+from .processes import READY, Process, Processes
 
 APP = "tests.apps.faults"
 #: Short, so that the tests need not wait long; and long enough for a machine under load.
@@ -445,7 +445,8 @@ def test_a_process_that_dies_is_replaced(
     faults.db.session.commit()
     probe.wait("number DONE")
     probe.wait("killer FAILED")
-    worker.wait_line("was ended by signal 9; a new one takes its place")
+    worker.wait_line("was ended by signal 9; a new one takes its place", times=3)
+    worker.wait_line(READY, times=5)
     assert effects(database_url) == ["1"]
     assert worker.stop() == 0
     assert query(database_url, "SELECT count(*) FROM bq_workers WHERE state = 'SHUTDOWN'") == [(2,)]
