@@ -75,9 +75,10 @@ def named(engines: t.Iterable[Engine], worker_id: uuid.UUID) -> t.Iterator[None]
 
     def do_connect(
         dialect: t.Any, record: t.Any, args: list[t.Any], kwargs: dict[str, t.Any]
-    ) -> None:
-        kwargs["application_name"] = name
+    ) -> t.Any:
         record.info["beanqueue"] = gone
+        # Not changed in place: later connections may be made with the same ones.
+        return dialect.connect(*args, **{**kwargs, "application_name": name})
 
     def connect(connection: t.Any, record: t.Any) -> None:
         if record.info.get("beanqueue") is gone:

@@ -130,7 +130,8 @@ def test_a_parked_task_that_is_set_back_runs_again(
     app: Flask, db: SQLAlchemy, bq: BeanQueue, parked: uuid.UUID, work: Work, row: Any
 ) -> None:
     with app.app_context():
-        db.session.get_one(bq.Task, parked).state = "PENDING"
+        task: Any = db.session.get(bq.Task, parked)
+        task.state = "PENDING"
         db.session.commit()
     work()
     assert row("state, parked, claims, attempts") == ("PROCESSING", True, 2, 2)

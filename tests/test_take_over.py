@@ -116,7 +116,7 @@ def test_tasks_that_somebody_has_locked_are_taken_over_later(
         db.session.add_all([locked, free])
         db.session.commit()
         locked_id, free_id = locked.id, free.id
-        db.session.get_one(bq.Task, locked_id, with_for_update=True)
+        db.session.get(bq.Task, locked_id, with_for_update=True)
         take_over()
         take_over()
         with bq.engine(app).connect() as connection:

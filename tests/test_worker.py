@@ -583,10 +583,11 @@ def test_a_trigger_that_waits_holds_up_no_other_task(
                     WHEN (NEW.func_name = 'slow' AND NEW.state = 'DONE') EXECUTE FUNCTION wait()
             """)
         )
-        first = slow.enqueue()
         db.session.commit()
         with bq.engine(app).begin() as connection:
             connection.execute(sa.text("SELECT pg_advisory_xact_lock(1)"))
+            first = slow.enqueue()
+            db.session.commit()
             log.wait(1)
             second = note.enqueue(number=2)
             db.session.commit()
