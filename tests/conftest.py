@@ -109,6 +109,18 @@ def Note(db: SQLAlchemy, bq: BeanQueue) -> Any:
     return Note
 
 
+def texts(app: Flask, db: SQLAlchemy, Note: Any) -> list[str]:
+    """What processors have written."""
+    with app.app_context():
+        return list(db.session.scalars(sa.select(Note.text).order_by(Note.id)))
+
+
+def only_task(app: Flask, bq: BeanQueue) -> Any:
+    """The only task there is, as it was committed."""
+    with app.app_context():
+        return bq.db.session.scalars(sa.select(bq.Task)).one()
+
+
 @pytest.fixture
 def app(make_app: MakeApp, db: SQLAlchemy, bq: BeanQueue, Note: Any) -> Flask:
     return make_app(db, bq)

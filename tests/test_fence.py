@@ -12,17 +12,9 @@ from flask_sqlalchemy import SQLAlchemy
 
 from flask_beanqueue import BeanQueue, current_task
 
+from .conftest import only_task, texts
+
 Work = Callable[..., None]
-
-
-def texts(app: Flask, db: SQLAlchemy, Note: Any) -> list[str]:
-    with app.app_context():
-        return list(db.session.scalars(sa.select(Note.text).order_by(Note.id)))
-
-
-def only_task(app: Flask, bq: BeanQueue) -> Any:
-    with app.app_context():
-        return bq.db.session.scalars(sa.select(bq.Task)).one()
 
 
 def set_state(app: Flask, bq: BeanQueue, state: str) -> None:
