@@ -122,7 +122,7 @@ class Config:
             name = PREFIX + field.name
             if name in settings:
                 values[field.name] = check(name, settings[name], hints[field.name])
-            elif name in environ:
+            elif environ.get(name):  # an empty one is as good as none
                 values[field.name] = parse(name, environ[name], hints[field.name])
         known = [PREFIX + field.name for field in dataclasses.fields(cls)]
         for name in {*settings, *environ} - {*known}:
