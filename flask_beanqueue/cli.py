@@ -23,7 +23,6 @@ from .connection import connect
 from .errors import sqlstate
 from .extension import BeanQueue
 from .log import log, reason
-from .options import check_channel
 from .registry import import_packages
 from .supervisor import Supervisor
 from .worker import Worker, WorkerDied
@@ -98,8 +97,6 @@ def worker_command(
         if name and processes > 1:
             own = f"{name}-{index + 1}"
         try:
-            for channel in channels:
-                check_channel(channel)
             return bq.worker(channels, app=app, concurrency=concurrency, burst=burst, name=own)
         except (RuntimeError, ValueError) as error:
             raise click.ClickException(str(error)) from error
@@ -236,6 +233,8 @@ def submit_command(channel: str, module: str, func: str, kwargs: str, priority: 
         task = processor.using(channel=channel, priority=priority).enqueue(**arguments)
     except (ArgumentError, ValueError) as error:
         raise click.ClickException(str(error)) from None
+    if channel not in bq.registry.channels:
+        click.echo(f"No processor has {channel!r} as its channel; is it spelt right?", err=True)
     task_id = task.id
     with readable_errors():
         bq.db.session.commit()
@@ -269,6 +268,8 @@ def readable_errors(
             )
         elif code == DENIED:
             message = f"{problem}. Let its owner {grant} to {current_role()}."
+        elif error.statement is None:  # the driver takes no such URL
+            message = f"The database cannot be used: {reason(error)}"
         else:
             raise
         raise click.ClickException(message) from error

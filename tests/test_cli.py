@@ -179,7 +179,7 @@ def test_submit_makes_a_task_and_prints_its_id(
 ) -> None:
     result = invoke("submit", "express", __name__, "double", "-k", '{"number": 21}')
     assert result.exit_code == 0
-    task_id = uuid.UUID(result.output.strip())
+    task_id = uuid.UUID(result.output.splitlines()[-1])
     work("express")
     with app.app_context():
         task = bq.db.session.get(bq.Task, task_id)
@@ -429,6 +429,28 @@ def test_a_worker_whose_database_is_out_of_reach_says_so_in_one_line(
     [line] = process.output.splitlines()
     assert line.startswith("Error: The database cannot be used: ")
     assert "refused" in line
+
+
+@pytest.mark.parametrize("command", [["worker", "default"], ["create-tables"]])
+def test_a_url_that_the_driver_refuses_is_told_in_one_line(
+    processes: Processes, database_url: str, command: list[str]
+) -> None:
+    url = sa.make_url(database_url).update_query_dict({"sslmod": "require"})
+    process = processes.flask(
+        *("--app", APP, "bq", *command), DATABASE_URL=url.render_as_string(hide_password=False)
+    )
+    assert process.wait() == 1
+    line = process.output.splitlines()[0]
+    assert line.startswith("Error: The database cannot be used: ")
+    assert "sslmod" in line
+
+
+def test_submit_warns_of_a_channel_that_no_processor_names(invoke: Invoke, double: Any) -> None:
+    arguments = [__name__, "double", "-k", '{"number": 1}']
+    assert "spelt" not in invoke("submit", "numbers", *arguments).output
+    result = invoke("submit", "nubmers", *arguments)
+    assert result.exit_code == 0
+    assert "No processor has 'nubmers' as its channel; is it spelt right?" in result.output
 
 
 def test_a_worker_introduces_itself(processes: Processes, database_url: str) -> None:
