@@ -146,6 +146,8 @@ def failed(
         if is_interruption(problem, claim.losses):
             return interrupted(claim, problem)
         log.exception("The retry policy of %s failed", claim.label, extra=claim.log_extra())
+        both = f"{trace(error)}\nIts retry policy failed:\n{trace(problem)}"
+        outcome.traceback = storable_text(both, TRACEBACK_LENGTH)
         return outcome
     if verdict is not None:
         outcome.state, outcome.event = PENDING, "RETRIED"
@@ -217,7 +219,12 @@ def fallbacks(outcome: Outcome, error: BaseException) -> t.Iterator[Outcome]:
 def ended(claim: Claim, *, result: t.Any = None, error: str | None = None) -> Outcome:
     """Something outside its worker ends a parked task."""
     if error is None:
-        return Outcome(claim, DONE, result=to_json(result) if result is not None else None)
+        try:
+            return Outcome(claim, DONE, result=None if result is None else to_json(result))
+        except ValueError as problem:
+            raise ValueError(
+                f"The result of task {claim.id} cannot be stored as JSON: {problem}."
+            ) from None
     return Outcome(claim, FAILED, "FAILED", error_message=storable_text(error, MESSAGE_LENGTH))
 
 

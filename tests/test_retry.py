@@ -334,6 +334,9 @@ def test_a_policy_that_fails_leaves_its_task_failed_with_its_own_error(
     task = fail_with(ValueError("no good"), retry_policy=policy)
     assert (task.state, task.error_message) == ("FAILED", "ValueError: no good")
     assert event_types(task) == ["FAILED"]
+    [event] = task.events
+    assert "ValueError: no good\n\nIts retry policy failed:\nTraceback" in event.traceback
+    assert logged in event.traceback
     [record] = [each for each in caplog.records if "retry policy" in each.getMessage()]
     assert record.getMessage() == f"The retry policy of {__name__}.fail {task.id} failed"
     assert record.levelname == "ERROR"
