@@ -91,7 +91,12 @@ class Processor(t.Generic[P, R_co]):
             raise TypeError(
                 "retry_exceptions has no effect without a retry_policy: give one, or leave it out."
             )
-        signature = inspect.signature(func)
+        if not isinstance(auto_complete, bool):
+            raise TypeError(f"auto_complete must be true or false, not {auto_complete!r}")
+        try:
+            signature = inspect.signature(func)
+        except ValueError:
+            raise TypeError(f"{self.name} does not say its parameters. Write a def.") from None
         for parameter in signature.parameters.values():
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
                 raise TypeError(

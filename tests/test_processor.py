@@ -95,6 +95,19 @@ def test_a_coroutine_function_is_refused(bq: BeanQueue) -> None:
         bq.processor()(resize)
 
 
+def test_a_builtin_whose_parameters_nobody_knows_is_refused(bq: BeanQueue) -> None:
+    with pytest.raises(
+        TypeError, match=r"builtins\.dict does not say its parameters\. Write a def"
+    ):
+        bq.processor()(dict)
+
+
+@pytest.mark.parametrize("value", ["no", 1, None])
+def test_auto_complete_is_true_or_false(bq: BeanQueue, value: Any) -> None:
+    with pytest.raises(TypeError, match="auto_complete must be true or false, not"):
+        bq.processor(auto_complete=value)(lambda: None)
+
+
 def test_a_generator_function_is_refused(bq: BeanQueue) -> None:
     def resize() -> Iterator[int]:
         yield 1
