@@ -165,8 +165,8 @@ class Worker:
         if self._died:
             raise WorkerDied(
                 f"Worker {self.name} was declared dead: it sent no heartbeat for"
-                f" {self.config.WORKER_HEARTBEAT_TIMEOUT:g} s (BQ_WORKER_HEARTBEAT_TIMEOUT)."
-                " Its tasks were given to other workers."
+                f" {self.config.WORKER_HEARTBEAT_TIMEOUT:g} s (BQ_WORKER_HEARTBEAT_TIMEOUT), or its"
+                " row was deleted. What it has not ended goes to other workers."
             )
 
     def _introduce(self) -> None:

@@ -170,12 +170,16 @@ def test_ten_workers_do_ten_thousand_tasks_once_each(
     assert workers > 1
 
 
+@pytest.mark.parametrize(
+    "how", ["UPDATE bq_workers SET state = 'NO_HEARTBEAT'", "DELETE FROM bq_workers"]
+)
 def test_a_worker_that_was_declared_dead_claims_no_more(
-    app: Flask, database_url: str, probe: Probe, processes: Processes
+    app: Flask, database_url: str, probe: Probe, processes: Processes, how: str
 ) -> None:
     worker = processes.worker(APP, BQ_WORKER_HEARTBEAT_PERIOD=0.2)
-    query(database_url, "UPDATE bq_workers SET state = 'NO_HEARTBEAT'")
+    query(database_url, how)
     assert worker.wait() == 1
+    worker.wait_line("or its row was deleted")
     faults.nothing.enqueue()
     faults.db.session.commit()
     assert rows(database_url, "state") == [("PENDING",)]
