@@ -11,7 +11,7 @@ import typing as t
 from werkzeug._reloader import _get_args_for_reloading, reloader_loops
 
 from .log import log
-from .supervisor import OTHER, Relay, end_on_signals
+from .shutdown import OTHER, Relay, end_on_signals
 
 #: The exit code of a worker that is to start again.
 CHANGED = 3

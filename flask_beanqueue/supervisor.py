@@ -9,24 +9,15 @@ import sys
 import threading
 import time
 import traceback
-import types
 import typing as t
 
 from .log import log
+from .shutdown import Relay, end_on_signals
 
-#: The signals that make a process leave, each with the other one.
-OTHER: dict[int, int] = {signal.SIGTERM: signal.SIGINT, signal.SIGINT: signal.SIGTERM}
 #: Seconds after which a process counts as well started.
 STEADY = 5.0
 #: Processes that may fail to start in a row, for each that there should be.
 ATTEMPTS = 3
-
-
-def end_on_signals() -> None:
-    """In a process that will work: let signals end it well before and after the worker's own
-    handlers, when there is nothing to lose."""
-    for number in OTHER:
-        signal.signal(number, lambda *_: os._exit(0))
 
 
 def flush() -> None:
@@ -34,46 +25,6 @@ def flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):  # it may be closed
             stream.flush()
-
-
-class Relay:
-    """Passes on the signals that make processes leave: all, or those that come again.
-
-    They may have a signal already: a terminal sends it to a whole group, systemd to all processes
-    of a unit. The same one again would make them leave at once. So they get the other one, and get
-    it again only when ours comes again.
-
-    :param pids: the processes, as they come and go.
-    """
-
-    def __init__(self, pids: t.Collection[int]) -> None:
-        self._pids = pids
-        self._seen: set[int] = set()
-        self.stopping = False
-
-    def listen(self) -> None:
-        """From now on, pass on what comes."""
-        for number in OTHER:
-            signal.signal(number, self.stop)
-
-    @contextlib.contextmanager
-    def held(self) -> t.Iterator[t.Collection[int]]:
-        """Hold signals back while a process starts, so that none comes before its pid is known; the
-        value is the mask that the process must have."""
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, OTHER)
-        try:
-            yield mask
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-    def stop(self, number: int = signal.SIGINT, frame: types.FrameType | None = None) -> None:
-        """Let the processes leave; called again for the same signal, at once."""
-        if not self.stopping or number in self._seen:
-            self.stopping = True
-            for pid in list(self._pids):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, OTHER[number])
-        self._seen.add(number)
 
 
 class Supervisor:

@@ -31,6 +31,7 @@ from .marks import Marks
 from .models import uuid7
 from .queue import Queue
 from .registry import Registry
+from .shutdown import OTHER, Summons
 from .suspect import Suspect
 from .writer import Writer
 
@@ -125,11 +126,12 @@ class Worker:
 
         It may be called from any thread, and from a signal handler.
         """
-        if self._stopping:
-            self._grace_until = time.monotonic()
-        else:
-            self._grace_until = time.monotonic() + self.config.SHUTDOWN_TIMEOUT
-            self._stopping = True
+        grace = 0.0 if self._stopping else self.config.SHUTDOWN_TIMEOUT
+        self._leave_by(time.monotonic() + grace)
+
+    def _leave_by(self, until: float) -> None:
+        self._grace_until = min(self._grace_until, until)
+        self._stopping = True
         self._bell.ring()
 
     def _run(self) -> None:
@@ -201,21 +203,20 @@ class Worker:
             yield  # whoever made the thread tells us to stop
             return
 
-        seen = set()
+        summons = Summons()
 
         def handler(number: int, frame: types.FrameType | None) -> None:
-            # Ctrl-C reaches the whole process group, and a parent may send SIGTERM on top of it.
-            # Only the same signal again means impatience.
-            if not self._stopping or number in seen:
+            first, again = summons.count(number)
+            if again:
+                self._leave_by(time.monotonic())
+            elif first and not self._stopping:
                 self.stop()
-            seen.add(number)
 
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        before = [signal.signal(number, handler) for number in numbers]
+        before = [signal.signal(number, handler) for number in OTHER]
         try:
             yield
         finally:
-            for number, previous in zip(numbers, before, strict=True):
+            for number, previous in zip(OTHER, before, strict=True):
                 # None: by something that is not Python.
                 signal.signal(number, signal.SIG_DFL if previous is None else previous)
 

@@ -744,7 +744,7 @@ def test_a_second_signal_makes_a_reloading_worker_leave_at_once(
     send: Callable[[Process, int], None],
     number: int,
 ) -> None:
-    worker = reloaded.start()
+    worker = reloaded.start(BQ_SHUTDOWN_TIMEOUT=1000)
     with probe.gate("waiting"):
         enqueue(database_url, "wait")
         probe.wait("waiting")

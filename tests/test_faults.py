@@ -234,7 +234,7 @@ def test_after_the_grace_time_running_tasks_are_given_back_uncounted(
 def test_a_second_signal_does_not_wait_for_running_tasks(
     app: Flask, database_url: str, probe: Probe, processes: Processes
 ) -> None:
-    worker = processes.worker(APP)
+    worker = processes.worker(APP, BQ_SHUTDOWN_TIMEOUT=1000)
     with probe.gate("waiting long"):
         faults.wait.enqueue(name="long")
         faults.db.session.commit()
@@ -511,7 +511,7 @@ def test_a_second_signal_makes_all_processes_leave_at_once(
     send: Callable[[Process, int], None],
     signal_name: str,
 ) -> None:
-    supervisor = processes.worker(APP, "--processes", "2")
+    supervisor = processes.worker(APP, "--processes", "2", BQ_SHUTDOWN_TIMEOUT=1000)
     with probe.gate("waiting long"):
         faults.wait.enqueue(name="long")
         faults.db.session.commit()

@@ -28,7 +28,7 @@ FLOORS = """
     models
     marks reloader
     supervisor bell listen signals retry
-    arguments options config claim log errors
+    arguments options config claim log errors shutdown
 """
 FLOOR = {
     module: number

@@ -1,0 +1,85 @@
+"""Signals that make processes leave: a handler may be interrupted by the next signal."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+import types
+from typing import Any
+
+import pytest
+from flask import Flask
+
+from flask_beanqueue import BeanQueue
+from flask_beanqueue.shutdown import Relay
+
+
+def test_a_second_signal_that_comes_while_the_first_is_passed_on_is_passed_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sent: list[int] = []
+    relay = Relay([1])
+
+    def kill(pid: int, number: int) -> None:
+        sent.append(number)
+        if len(sent) == 1:
+            relay.stop(signal.SIGTERM)
+
+    monkeypatch.setattr(os, "kill", kill)
+    relay.stop(signal.SIGTERM)
+    assert sent == [signal.SIGINT, signal.SIGINT]
+
+
+def test_the_other_signal_is_not_passed_on_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append(number))
+    relay = Relay([1])
+    relay.stop(signal.SIGINT)
+    relay.stop(signal.SIGTERM)
+    assert sent == [signal.SIGTERM]
+
+
+def call_handler(number: int) -> None:
+    handler: Any = signal.getsignal(number)
+    handler(number, None)
+
+
+@pytest.mark.parametrize(
+    ("second", "at_once"), [(signal.SIGINT, False), (signal.SIGTERM, True)], ids=["other", "same"]
+)
+@pytest.mark.parametrize("within", [True, False])
+def test_a_worker_leaves_at_once_for_the_same_signal_only(
+    app: Flask, bq: BeanQueue, second: int, at_once: bool, within: bool
+) -> None:
+    """A terminal and a parent may each send one, at the same time."""
+    worker = bq.worker(["default"], app=app)
+    calls: list[int] = []
+
+    class Config(types.SimpleNamespace):
+        @property
+        def SHUTDOWN_TIMEOUT(self) -> float:
+            calls.append(1)
+            if len(calls) == 1 and within:  # before the first has had any effect
+                call_handler(second)
+            return 1000.0
+
+    worker.config = Config()  # type: ignore[assignment]
+    with worker._signal_handlers():
+        call_handler(signal.SIGTERM)
+        if not within:
+            call_handler(second)
+    assert worker._stopping
+    assert (worker._grace_until <= time.monotonic()) is at_once
+
+
+def test_the_first_signal_to_a_worker_that_stops_already_is_no_impatience(
+    app: Flask, bq: BeanQueue
+) -> None:
+    worker = bq.worker(["default"], app=app)
+    with worker._signal_handlers():
+        worker.stop()
+        call_handler(signal.SIGTERM)
+        assert worker._grace_until > time.monotonic()
+        call_handler(signal.SIGTERM)
+        assert worker._grace_until <= time.monotonic()
