@@ -1,9 +1,8 @@
-"""The app whose tasks are measured."""
+"""The Flask app whose tasks are measured."""
 
 from __future__ import annotations
 
 import os
-import time
 from typing import Any
 
 import sqlalchemy as sa
@@ -12,31 +11,32 @@ from flask_sqlalchemy import SQLAlchemy
 
 from flask_beanqueue import BeanQueue
 
+from . import tally
+
 db = SQLAlchemy()
 bq = BeanQueue(db=db)
 
 
 class Row(db.Model):  # type: ignore[name-defined, misc]
+    __tablename__ = "bench_rows"
     id = sa.Column(sa.Integer, primary_key=True)
     number = sa.Column(sa.Integer, nullable=False)
 
 
 @bq.processor(channel="bench")
 def nothing(number: int) -> None:
-    pass
+    tally.tick()
 
 
 @bq.processor(channel="bench")
 def write(db: Any, number: int) -> None:
     db.add(Row(number=number))
+    tally.tick()
 
 
 @bq.processor(channel="bench")
-def mark() -> None:
-    """Tells when it has begun."""
-    now = time.monotonic()
-    if "BENCH_PIPE" in os.environ:
-        os.write(int(os.environ["BENCH_PIPE"]), f"{now}\n".encode())
+def mark(number: int) -> None:
+    tally.mark(number)
 
 
 def create_app() -> Flask:
