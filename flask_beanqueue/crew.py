@@ -100,8 +100,10 @@ class Crew:
             # A thread that has been busy for longer may be so for a while.
             moving = self.size - sum(now - at > HORIZON for at in began)
             target = max(target, int(moving * HORIZON / max(self._mean, 1e-6)))
-        target = min(target, self._many)
-        return target - self.waiting if 2 * self.waiting <= target else 0
+        # Twice as many as go into one statement: one lot is run while the next one is claimed.
+        target = min(target, 2 * self._many)
+        waiting = self.waiting
+        return min(target - waiting, self._many) if 2 * waiting <= target else 0
 
     @property
     def stuck_for(self) -> float:

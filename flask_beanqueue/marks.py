@@ -10,7 +10,7 @@ import uuid
 from .claim import Claim
 
 #: Before every id, for a look from the front.
-NIL = uuid.UUID(int=0)
+NIL = str(uuid.UUID(int=0))
 FRONT = float("-inf")
 
 #: A look from the front may take one twentieth of the time, and comes after a second at most.
@@ -31,16 +31,17 @@ class Level:
     channel: str
     priority: int
     at: float = FRONT
-    id: uuid.UUID = NIL
+    #: As text, which sorts as PostgreSQL sorts UUIDs.
+    id: str = NIL
     #: Where the mark was before it went back to the front.
-    passed: tuple[float, uuid.UUID] | None = None
+    passed: tuple[float, str] | None = None
 
     @property
-    def mark(self) -> tuple[float, uuid.UUID]:
+    def mark(self) -> tuple[float, str]:
         return self.at, self.id
 
     @mark.setter
-    def mark(self, mark: tuple[float, uuid.UUID]) -> None:
+    def mark(self, mark: tuple[float, str]) -> None:
         self.at, self.id = mark
 
     def go_back(self, front: Front) -> None:
@@ -62,7 +63,7 @@ class Front:
     channel: str
     priority: int
     at: float
-    id: uuid.UUID
+    id: str
     #: Seconds until it is due; not above 0 if it is.
     due_in: float
 
@@ -101,7 +102,7 @@ class Marks:
     def passed(self, claims: t.Sequence[Claim], wanted: int) -> None:
         """Move the marks behind what has been claimed, in the queue's order."""
         for claim in claims:
-            self._levels[claim.channel, claim.priority].mark = claim.scheduled_at, claim.id
+            self._levels[claim.channel, claim.priority].mark = claim.scheduled_at, claim.key
         if claims:
             self._fruitless = 0
         if len(claims) < wanted:

@@ -67,7 +67,7 @@ class Outcome:
     def settlement(self) -> dict[str, t.Any]:
         """What the statement that writes it needs to know, as JSON has it."""
         return {
-            "id": str(self.claim.id),
+            "id": self.claim.key,
             "claims": self.claim.claims,
             "state": self.state,
             "result": self.result,
@@ -251,12 +251,12 @@ def write(
     plain = outcomes[0].is_plain
     if plain:
         done = [(outcome.claim, outcome.result) for outcome in outcomes]
-        ids = queries.finish(connection, done, lock_timeout)
+        keys = queries.finish(connection, done, lock_timeout)
     else:
-        ids = queries.settle(connection, [each.settlement() for each in outcomes], lock_timeout)
+        keys = queries.settle(connection, [each.settlement() for each in outcomes], lock_timeout)
     written = []
     for outcome in outcomes:
-        if outcome.claim.id in ids:
+        if outcome.claim.key in keys:
             written.append(outcome)
         elif plain:
             outcome.moved = True
@@ -269,6 +269,11 @@ def write_one(queries: Queries, connection: Connection, outcome: Outcome) -> boo
         write(queries, connection, [outcome])
         or (outcome.moved and write(queries, connection, [outcome]))
     )
+
+
+def tells_success() -> bool:
+    """Whether anybody hears of tasks that are DONE."""
+    return bool(signals.task_succeeded.receivers) or log.isEnabledFor(logging.DEBUG)
 
 
 def announce(app: t.Any, queue: Queue, outcome: Outcome) -> None:

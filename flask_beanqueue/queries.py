@@ -96,7 +96,7 @@ class Queries:
         # every turn.
         self._look = self._text("""
             SELECT front.channel, front.priority,
-                {front_at} AS at, front.id, {front_at} - {now} AS due_in,
+                {front_at} AS at, CAST(front.id AS text) AS id, {front_at} - {now} AS due_in,
                 {next_at} - {now} AS next_due
             FROM unnest(CAST(:channels AS text[])) AS wanted (channel)
             CROSS JOIN LATERAL (
@@ -120,7 +120,7 @@ class Queries:
                   AND scheduled_at > now()
                 ORDER BY scheduled_at LIMIT 1
             ) AS next ON true
-        """).columns(id=postgresql.UUID(as_uuid=True))
+        """)
 
         self._suspects = self._text("""
             SELECT EXISTS (SELECT {suspects})
@@ -130,21 +130,23 @@ class Queries:
         # by id, every version that a row has had since the last vacuum would be visited. The id
         # and claims prove that it is the row meant. The state is compared as an expression,
         # because a plain comparison lets the planner choose the index of PROCESSING rows, which
-        # is as full of dead entries as the other.
+        # is as full of dead entries as the other. The arrays stand in subqueries, because the
+        # planner, if it sees how many ctids there are, prefers to read a whole table of some
+        # ten thousand rows.
         self._finish = self._text("""
             WITH {patience}
             UPDATE {tasks} AS t SET state = 'DONE', attempts = t.attempts + 1,
                 result = COALESCE(CAST(done.result AS jsonb), t.result), error_message = NULL,
                 unknown_since = NULL, finished_at = clock_timestamp()
             FROM unnest(
-                CAST(:ctids AS tid[]), CAST(:ids AS uuid[]), CAST(:claims AS int[]),
-                CAST(:results AS text[])
+                (SELECT CAST(:ctids AS tid[])), (SELECT CAST(:ids AS uuid[])),
+                (SELECT CAST(:claims AS int[])), (SELECT CAST(:results AS text[]))
             ) AS done (ctid, id, claims, result)
             CROSS JOIN patience
             WHERE t.ctid = done.ctid AND t.id = done.id AND t.claims = done.claims
               AND t.state || '' = 'PROCESSING'
-            RETURNING t.id
-        """).columns(id=postgresql.UUID(as_uuid=True))
+            RETURNING CAST(t.id AS text)
+        """)
 
         # Every other outcome, with its event and, where the task waits again, its NOTIFY. By id,
         # for these are few; and as JSON, for they have many parts. It is also the second chance of
@@ -194,17 +196,17 @@ class Queries:
                 FROM (SELECT DISTINCT channel FROM settled WHERE state = 'PENDING') AS waiting
                 WHERE :notify
             )
-            SELECT id FROM settled CROSS JOIN notified
-        """).columns(id=postgresql.UUID(as_uuid=True))
+            SELECT CAST(id AS text) FROM settled CROSS JOIN notified
+        """)
 
         # Which rows somebody else has locked, without waiting for them.
         self._locked = self._text("""
             WITH unlocked AS MATERIALIZED (
                 SELECT id FROM {tasks} WHERE id = ANY (CAST(:ids AS uuid[]))
                 FOR NO KEY UPDATE SKIP LOCKED)
-            SELECT id FROM {tasks} WHERE id = ANY (CAST(:ids AS uuid[]))
+            SELECT CAST(id AS text) FROM {tasks} WHERE id = ANY (CAST(:ids AS uuid[]))
               AND id NOT IN (SELECT id FROM unlocked)
-        """).columns(id=postgresql.UUID(as_uuid=True))
+        """)
 
         # The fence of a commit that is not the task's last, and of one whose processor set the
         # task's state itself: the row stays locked until that commit, so that take-over cannot
@@ -294,15 +296,13 @@ class Queries:
 
     def _returning_claims(self, sql: str) -> t.Any:
         """A statement whose rows make up claims."""
-        columns = f"""CAST(ctid AS text) AS ctid, id, claims, channel, module, func_name,
-            CAST(kwargs AS text) AS arguments, priority, {epoch("scheduled_at")} AS scheduled_at,
-            attempts, crashes, interruptions,
+        columns = f"""CAST(ctid AS text) AS ctid, CAST(id AS text) AS key, claims,
+            channel, module, func_name, CAST(kwargs AS text) AS arguments,
+            priority, {epoch("scheduled_at")} AS scheduled_at, attempts, crashes, interruptions,
             {epoch("now()")} - {epoch("unknown_since")} AS unknown_for"""
         if "{claim}" not in sql:
             sql = f"{sql} RETURNING {{claim}}"
-        return sa.text(sql.format(claim=columns, **self._names)).columns(
-            id=postgresql.UUID(as_uuid=True)
-        )
+        return sa.text(sql.format(claim=columns, **self._names))
 
     # What the worker asks.
 
@@ -317,12 +317,12 @@ class Queries:
                 "channels": [level.channel for level in levels],
                 "priorities": [level.priority for level in levels],
                 "ats": [level.at for level in levels],
-                "ids": [str(level.id) for level in levels],
+                "ids": [level.id for level in levels],
                 "limit": limit,
             },
         )
-        claims = [Claim(*row) for row in rows]
-        claims.sort(key=lambda claim: (claim.priority, claim.scheduled_at, claim.id))
+        claims = [Claim(*row) for row in rows.all()]
+        claims.sort(key=lambda claim: (claim.priority, claim.scheduled_at, claim.key))
         return claims
 
     def claim_suspect(
@@ -349,36 +349,37 @@ class Queries:
         connection: Connection,
         done: t.Sequence[tuple[Claim, str | None]],
         lock_timeout: float | None = None,
-    ) -> set[uuid.UUID]:
+    ) -> set[str]:
         """Mark claimed tasks DONE, each with its result as JSON.
 
         :param lock_timeout: seconds to wait for a locked row, in autocommit.
-        :return: the ids of those whose row was still where it was, and still claimed.
+        :return: the keys of those whose row was still where it was, and still claimed.
         """
-        rows = connection.execute(
+        any_result = any(result is not None for _, result in done)
+        keys = connection.scalars(
             self._finish,
             {
-                "ctids": [claim.ctid for claim, _ in done],
-                "ids": [str(claim.id) for claim, _ in done],
-                "claims": [claim.claims for claim, _ in done],
-                "results": [result for _, result in done],
+                "ctids": array(f'"{claim.ctid}"' for claim, _ in done),
+                "ids": array(claim.key for claim, _ in done),
+                "claims": array(str(claim.claims) for claim, _ in done),
+                "results": [result for _, result in done] if any_result else [],
                 "lock_timeout": milliseconds(lock_timeout),
             },
         )
-        return {row.id for row in rows}
+        return set(keys.all())
 
     def settle(
         self,
         connection: Connection,
         outcomes: t.Sequence[dict[str, t.Any]],
         lock_timeout: float | None = None,
-    ) -> set[uuid.UUID]:
+    ) -> set[str]:
         """Write outcomes with their events.
 
         :param lock_timeout: seconds to wait for a locked row, in autocommit.
-        :return: the ids of the tasks that were still claimed.
+        :return: the keys of the tasks that were still claimed.
         """
-        rows = connection.execute(
+        keys = connection.scalars(
             self._settle,
             {
                 "outcomes": json.dumps(outcomes),
@@ -386,12 +387,11 @@ class Queries:
                 "lock_timeout": milliseconds(lock_timeout),
             },
         )
-        return {row.id for row in rows}
+        return set(keys.all())
 
-    def locked(self, connection: Connection, ids: t.Sequence[uuid.UUID]) -> set[uuid.UUID]:
-        """Return the ids of those tasks whose rows another transaction has locked."""
-        rows = connection.execute(self._locked, {"ids": [str(id) for id in ids]})
-        return {row.id for row in rows}
+    def locked(self, connection: Connection, keys: t.Sequence[str]) -> set[str]:
+        """Return the keys of those tasks whose rows another transaction has locked."""
+        return set(connection.scalars(self._locked, {"ids": list(keys)}).all())
 
     def hold(self, connection: Connection, claim: Claim) -> str | None:
         """Lock a claimed task's row until the commit, and return its state; None if it is not
@@ -472,13 +472,11 @@ class Queries:
         return len(connection.execute(self._terminate, {"prefix": application_name("")}).all())
 
     def orphans(
-        self, connection: Connection, limit: int, known: t.Iterable[uuid.UUID]
+        self, connection: Connection, limit: int, known: t.Iterable[str]
     ) -> list[tuple[Claim, bool]]:
         """Return tasks that are PROCESSING for no living worker, but for those that are known
         already; each with whether its worker has shut down in order."""
-        rows = connection.execute(
-            self._orphans, {"limit": limit, "known": [str(task_id) for task_id in known]}
-        )
+        rows = connection.execute(self._orphans, {"limit": limit, "known": list(known)})
         return [(Claim(*row[:-1]), row[-1]) for row in rows]
 
     def mine(self, connection: Connection, worker_id: uuid.UUID) -> list[Claim]:
@@ -489,7 +487,13 @@ class Queries:
 def epoch(moment: str) -> str:
     """A time in seconds. Times are subtracted as such, for one may be infinite, which only
     PostgreSQL 17 and later can subtract as timestamps."""
-    return f"CAST(extract(epoch FROM {moment}) AS float8)"
+    return f"date_part('epoch', {moment})"
+
+
+def array(values: t.Iterable[str]) -> str:
+    """Values without a comma, or in quotes, as PostgreSQL writes an array: as a list they would be
+    quoted one by one, which takes longer than all else that is done for them here."""
+    return "{" + ",".join(values) + "}"
 
 
 def milliseconds(seconds: float | None) -> str | None:

@@ -60,7 +60,7 @@ class Writer:
         #: What is still to be tried where the database refuses an outcome.
         self._fallbacks: dict[Claim, t.Iterator[Outcome]] = {}
         #: Tasks of which nothing could be written.
-        self._given_up: set[uuid.UUID] = set()
+        self._given_up: set[str] = set()
 
     @property
     def next_try(self) -> float:
@@ -119,7 +119,7 @@ class Writer:
         """
         orphans = None
         while orphans is None or len(orphans) == TAKE_OVER_SIZE:
-            known = {claim.id for claim in (*self._backlog, *self._locked)} | self._given_up
+            known = {claim.key for claim in (*self._backlog, *self._locked)} | self._given_up
             orphans = self._queue.queries.orphans(connection, TAKE_OVER_SIZE, known)
             for claim, left in orphans:
                 self.add(
@@ -129,12 +129,12 @@ class Writer:
 
     def give_back_strays(self, connection: Connection, worker_id: uuid.UUID) -> None:
         """Give back claims that were committed although the answer was lost with a connection."""
-        known = {(claim.id, claim.claims) for claim in self.held}
+        known = {(claim.key, claim.claims) for claim in self.held}
         mine = self._queue.queries.mine(connection, worker_id)
         strays = [
             claim
             for claim in mine
-            if (claim.id, claim.claims) not in known and claim.id not in self._given_up
+            if (claim.key, claim.claims) not in known and claim.key not in self._given_up
         ]
         self.held.update(strays)
         self.give_back(strays)
@@ -178,14 +178,16 @@ class Writer:
             else:
                 self._fall_back(part[0], error)
             return
+        told = not plain or outcomes.tells_success()
         for outcome in written:
             self.release(outcome.claim, waits=outcome.state == PENDING)
-            self._announce(outcome)
+            if told:
+                self._announce(outcome)
         if plain:
             return  # the rest has moved, and stays to be written
-        ids = {outcome.claim.id for outcome in written}
+        keys = {outcome.claim.key for outcome in written}
         for outcome in part:
-            if outcome.claim.id in ids:
+            if outcome.claim.key in keys:
                 continue
             if outcome.claim in self.held and outcome.claim not in self._unsure:
                 outcomes.lost(outcome)
@@ -200,14 +202,14 @@ class Writer:
             self.add(instead)
             return
         log.error("%s stays %s: nothing can be written of it", claim.label, PROCESSING)
-        self._given_up.add(claim.id)
+        self._given_up.add(claim.key)
         self.release(claim)
 
     def _unlocked(self, connection: Connection, part: list[Outcome]) -> list[Outcome]:
         """Return those whose rows nobody has locked, and keep the others for later."""
-        ids = self._queue.queries.locked(connection, [outcome.claim.id for outcome in part])
-        self._keep([outcome for outcome in part if outcome.claim.id in ids])
-        return [outcome for outcome in part if outcome.claim.id not in ids]
+        keys = self._queue.queries.locked(connection, [outcome.claim.key for outcome in part])
+        self._keep([outcome for outcome in part if outcome.claim.key in keys])
+        return [outcome for outcome in part if outcome.claim.key not in keys]
 
     def _keep(self, part: list[Outcome]) -> None:
         """Keep what is locked for later."""

@@ -10,7 +10,7 @@ from flask_beanqueue.marks import FRUITLESS, MANY_LEVELS, NIL, Front, Look, Mark
 
 def look(*priorities: int, at: float = 1.0) -> Look:
     """What a look finds: a task that is due in each of these levels."""
-    fronts = [Front("default", priority, at, uuid.UUID(int=9), -1.0) for priority in priorities]
+    fronts = [Front("default", priority, at, str(uuid.UUID(int=9)), -1.0) for priority in priorities]
     return Look(fronts, None, False)
 
 
@@ -46,7 +46,7 @@ def test_a_mark_goes_back_for_what_it_has_passed_and_then_returns() -> None:
     marks = Marks(["default"])
     marks.seen(look(0), 0.0)
     [level] = marks.turn()
-    level.mark = last = (5.0, uuid.UUID(int=1))
+    level.mark = last = (5.0, str(uuid.UUID(int=1)))
     marks.seen(look(0, at=2.0), 0.0)
     assert level.mark == (2.0, NIL)
     marks.passed([], wanted=1)
@@ -59,9 +59,9 @@ def test_channels_of_one_priority_come_first_in_turn() -> None:
 
 
 def test_claims_move_the_mark_of_their_own_level_only() -> None:
-    claim = Claim("(0,1)", uuid.UUID(int=1), 1, "default", "app", "f", "{}", 0, 3.0, 0, 0, 0, None)
+    claim = Claim("(0,1)", str(uuid.UUID(int=1)), 1, "default", "app", "f", "{}", 0, 3.0, 0, 0, 0, None)
     marks = Marks(["default", "other"])
     marks.passed([claim], wanted=1)
     levels = {level.channel: level.mark for level in marks.turn()}
-    assert levels[claim.channel] == (claim.scheduled_at, claim.id)
+    assert levels[claim.channel] == (claim.scheduled_at, claim.key)
     assert levels["other"] < (0.0, NIL)

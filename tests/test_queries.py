@@ -63,6 +63,25 @@ def task(url: str, task_id: uuid.UUID) -> Any:
     return row
 
 
+def test_neither_claim_nor_finish_reads_the_whole_table(
+    app: Flask, bq: BeanQueue, worker_id: uuid.UUID, database_url: str
+) -> None:
+    """The planner would, where a table has some ten thousand rows and a batch some hundreds."""
+    query(
+        database_url,
+        "INSERT INTO bq_tasks (module, func_name) SELECT 'a', 'b' FROM generate_series(1, 20000)",
+    )
+    query(database_url, "ANALYZE bq_tasks")
+    with bq.engine(app).begin() as connection:
+        for result in (None, "1"):
+            claims = bq.queries.claim(connection, worker_id, [Level("default", 0)], 500)
+            done = [(claim, result) for claim in claims]
+            assert len(bq.queries.finish(connection, done)) == 500
+        bq.queries.look(connection, ["default"])
+        scans = "SELECT seq_scan FROM pg_stat_xact_user_tables WHERE relname = 'bq_tasks'"
+        assert connection.exec_driver_sql(scans).scalar_one() == 0
+
+
 # finish
 
 
@@ -81,7 +100,7 @@ def test_finish_leaves_a_row_alone_that_lies_where_the_claimed_one_lay(
 
     assert bq.queries.finish(connection, [(deleted, None)]) == set()
     assert task(database_url, claim.id) == (claim.ctid, "PROCESSING", 1)
-    assert bq.queries.finish(connection, [(claim, None)]) == {claim.id}
+    assert bq.queries.finish(connection, [(claim, None)]) == {claim.key}
 
 
 def test_finish_leaves_a_task_alone_that_was_claimed_again(
@@ -97,7 +116,7 @@ def test_finish_leaves_a_task_alone_that_was_claimed_again(
 
     assert bq.queries.finish(connection, [(late, None)]) == set()
     assert task(database_url, second.id) == (second.ctid, "PROCESSING", 2)
-    assert bq.queries.finish(connection, [(second, None)]) == {second.id}
+    assert bq.queries.finish(connection, [(second, None)]) == {second.key}
 
 
 def test_finish_leaves_a_task_alone_that_is_no_longer_processing(
@@ -144,7 +163,7 @@ def test_finish_ends_the_tasks_that_are_still_claimed_and_names_them(
     query(database_url, "DELETE FROM bq_tasks WHERE id = %s", str(deleted.id))
 
     done = [(first, "1"), (deleted, "2"), (last, None)]
-    assert bq.queries.finish(connection, done) == {first.id, last.id}
+    assert bq.queries.finish(connection, done) == {first.key, last.key}
     found = query(database_url, "SELECT state, result FROM bq_tasks ORDER BY id")
     assert found == [("DONE", 1), ("DONE", None)]
 
@@ -244,7 +263,7 @@ def test_a_claim_takes_rows_that_an_open_transaction_refers_to(
         assert connection.execute(locked).all() == []  # the lock is there
         [claim] = take_all()
         assert claim.id == task_id
-        assert bq.queries.finish(connection, [(claim, None)], lock_timeout=0.1) == {task_id}
+        assert bq.queries.finish(connection, [(claim, None)], lock_timeout=0.1) == {claim.key}
 
 
 # insert
