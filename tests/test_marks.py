@@ -10,7 +10,9 @@ from flask_beanqueue.marks import FRUITLESS, MANY_LEVELS, NIL, Front, Look, Mark
 
 def look(*priorities: int, at: float = 1.0) -> Look:
     """What a look finds: a task that is due in each of these levels."""
-    fronts = [Front("default", priority, at, str(uuid.UUID(int=9)), -1.0) for priority in priorities]
+    fronts = [
+        Front("default", priority, at, str(uuid.UUID(int=9)), -1.0) for priority in priorities
+    ]
     return Look(fronts, None, False)
 
 
@@ -59,7 +61,9 @@ def test_channels_of_one_priority_come_first_in_turn() -> None:
 
 
 def test_claims_move_the_mark_of_their_own_level_only() -> None:
-    claim = Claim("(0,1)", str(uuid.UUID(int=1)), 1, "default", "app", "f", "{}", 0, 3.0, 0, 0, 0, None)
+    claim = Claim(
+        "(0,1)", str(uuid.UUID(int=1)), 1, "default", "app", "f", "{}", 0, 3.0, 0, 0, 0, None
+    )
     marks = Marks(["default", "other"])
     marks.passed([claim], wanted=1)
     levels = {level.channel: level.mark for level in marks.turn()}
