@@ -62,6 +62,8 @@ def _id() -> Mapped[uuid.UUID]:
         primary_key=True,
         default=uuid7,
         server_default=sa.func.gen_random_uuid(),
+        # Or SQLAlchemy, because of the server_default, inserts several objects one by one.
+        insert_sentinel=True,
         sort_order=-10,
     )
 

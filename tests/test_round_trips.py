@@ -105,8 +105,6 @@ def test_round_trips_of_a_request(
     request_: Any,
     round_trips: int,
 ) -> None:
-    if request_ is enqueue_five and bq.engine(app).driver == "psycopg":
-        pytest.skip("psycopg 3 inserts row by row, but does not wait for each")
     with app.app_context():  # the first one connects
         request_(db, bq, Note)
     with app.app_context(), wire.counting() as counts:
