@@ -379,7 +379,13 @@ def make_models(
         return model is None or bool(model.__table__.c[column].foreign_keys)
 
     def make(name: str, tablename: str, *mixins: type, **refers: str | None) -> t.Any:
-        body = {"__tablename__": tablename, "__module__": __name__, **refers}
+        body = {
+            "__tablename__": tablename,
+            "__module__": __name__,
+            # What the server fills in loads itself when it is asked for, which is hardly ever so.
+            "__mapper_args__": {"eager_defaults": False},
+            **refers,
+        }
         if bind_key is not None:
             body["__bind_key__"] = bind_key
         return type(base)(name, (*mixins, base), body)

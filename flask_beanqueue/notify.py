@@ -10,6 +10,7 @@ from sqlalchemy.engine import Connection
 
 from .listen import notifies, notify_name
 from .models import PENDING
+from .queries import NOTIFY
 
 #: The channels that a transaction, or a savepoint, has notified. A savepoint has a set of its own:
 #: rolled back, it takes its NOTIFY with it, and what comes later must send another. PostgreSQL
@@ -54,5 +55,5 @@ def notify(connection: Connection, channel: str) -> None:
     innermost = connection.get_nested_transaction() or root
     if any(channel in _notified.get(transaction, ()) for transaction in (root, innermost)):
         return
-    connection.execute(sa.select(sa.func.pg_notify(notify_name(channel), "")))
+    connection.execute(NOTIFY, {"name": notify_name(channel)})
     _notified.setdefault(innermost, set()).add(channel)

@@ -15,6 +15,10 @@ from .listen import notifies, notify_name
 from .marks import Front, Level, Look
 from .models import Models
 
+# The NOTIFY of a flush. As text: to find what it has compiled of a function takes SQLAlchemy longer
+# than the server takes for the whole.
+NOTIFY = sa.text("SELECT pg_notify(:name, '')")
+
 
 class Queries:
     """The statements for one set of models."""
