@@ -14,6 +14,10 @@ DEEPEST = 100
 NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 
+#: json.dumps would make one anew for each value.
+ENCODER = json.JSONEncoder(allow_nan=False, ensure_ascii=True)
+
+
 class ArgumentError(TypeError):
     """A task's arguments do not fit its processor, or cannot be stored."""
 
@@ -24,7 +28,7 @@ def to_json(value: t.Any) -> str:
     :raises ValueError: saying what stands in the way.
     """
     try:
-        text = json.dumps(value, allow_nan=False, ensure_ascii=True)
+        text = ENCODER.encode(value)
     except RecursionError:
         raise ValueError("it is nested too deeply, or holds itself") from None
     except TypeError as error:
@@ -33,7 +37,7 @@ def to_json(value: t.Any) -> str:
         raise ValueError(
             str(error).replace("Out of range float values", "NaN and Infinity")
         ) from None
-    if NUL.search(text):
+    if r"\u0000" in text and NUL.search(text):
         raise ValueError("it holds the character U+0000, which PostgreSQL cannot store")
     if r"\ud" in text:  # a surrogate, perhaps a lone one
         try:

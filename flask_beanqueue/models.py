@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import struct
 import threading
 import time
 import typing as t
@@ -41,13 +42,22 @@ def uuid7() -> uuid.UUID:
     of one transaction, whose times are equal, keep the order in which they were made. Python has
     a function of this name from 3.14 on.
     """
+    return uuid7s(1)[0]
+
+
+def uuid7s(count: int) -> list[uuid.UUID]:
+    """Make several such UUIDs, in order."""
     global _uuid7_last
     with _uuid7_lock:
-        ticks = max(_uuid7_last + 1, time.time_ns() * 4096 // 1_000_000)
-        _uuid7_last = ticks
-    milliseconds, fraction = divmod(ticks, 4096)
-    tail = int.from_bytes(os.urandom(8), "big") & ((1 << 62) - 1)
-    return uuid.UUID(int=milliseconds << 80 | 0x7000 << 64 | fraction << 64 | 0b10 << 62 | tail)
+        first = max(_uuid7_last + 1, time.time_ns() * 4096 // 1_000_000)
+        _uuid7_last = first + count - 1
+    tails = struct.unpack(f"{count}Q", os.urandom(8 * count))
+    return [
+        uuid.UUID(
+            int=ticks >> 12 << 80 | 0x7000 << 64 | (ticks & 0xFFF) << 64 | 0b10 << 62 | tail >> 2
+        )
+        for ticks, tail in enumerate(tails, first)
+    ]
 
 
 def _now() -> Mapped[datetime.datetime]:

@@ -9,6 +9,7 @@ import functools
 import inspect
 import typing as t
 import uuid
+from collections import abc
 
 from sqlalchemy.orm import Session, SessionTransaction
 
@@ -112,6 +113,10 @@ class Processor(t.Generic[P, R_co]):
             ]
         )
 
+        parameters = self.signature.parameters.values()
+        self._named = {each.name for each in parameters if each.kind is not each.VAR_KEYWORD}
+        self._required = {each.name for each in parameters if each.default is each.empty}
+
     @property
     def name(self) -> str:
         return f"{self.module}.{self.func_name}"
@@ -203,14 +208,16 @@ class Processor(t.Generic[P, R_co]):
             inserted.
         """
         # A dict or text can be iterated over, too, but not by task.
-        if isinstance(arguments, (t.Mapping, str, bytes)) or not isinstance(arguments, t.Iterable):
+        if isinstance(arguments, (abc.Mapping, str, bytes)) or not isinstance(
+            arguments, abc.Iterable
+        ):
             raise ArgumentError(
                 f"{self.name}: enqueue_many takes a list with a dict of arguments for each task,"
                 f" not {arguments!r}. For a single task, use enqueue."
             )
         rows = []
         for number, kwargs in enumerate(arguments):
-            if not isinstance(kwargs, t.Mapping):
+            if not isinstance(kwargs, abc.Mapping):
                 raise ArgumentError(
                     f"{self.name}: enqueue_many takes a dict of arguments for each task,"
                     f" but item {number} is {kwargs!r}"
@@ -238,6 +245,8 @@ class Processor(t.Generic[P, R_co]):
                 raise ArgumentError(
                     f"{self.name}: {name!r} is filled in by the worker; leave it out."
                 )
+        if not args and self._required <= kwargs.keys() <= self._named:
+            return dict(kwargs)
         try:
             bound = self.signature.bind(*args, **kwargs)
         except TypeError as error:

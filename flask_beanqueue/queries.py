@@ -224,7 +224,8 @@ class Queries:
             SELECT {claim}, state, parked FROM {tasks} WHERE id = :id FOR NO KEY UPDATE
         """)
 
-        # Many tasks in one statement, their NOTIFY included.
+        # Many tasks in one statement, their NOTIFY included. Two long values are read much faster
+        # than a list of a hundred thousand short ones.
         self._insert = self._text(f"""
             WITH made AS (
                 INSERT INTO {{tasks}} (id, channel, module, func_name, kwargs, priority,
@@ -233,7 +234,9 @@ class Queries:
                     COALESCE(CAST(:scheduled_at AS timestamptz),
                         clock_timestamp() + CAST(:delay AS interval), now())
                     {", CAST(:parent_id AS uuid)" if has_parent else ""}
-                FROM unnest(CAST(:ids AS uuid[]), CAST(:kwargs AS text[])) AS new (id, kwargs)
+                FROM ROWS FROM (
+                    unnest(CAST(:ids AS uuid[])), json_array_elements(CAST(:kwargs AS json))
+                ) AS new (id, kwargs)
             )
             SELECT CASE WHEN :notify THEN CAST(pg_notify(:notify_name, '') AS text) END
         """)
@@ -422,8 +425,8 @@ class Queries:
         connection.execute(
             self._insert,
             {
-                "ids": [str(id) for id in ids],
-                "kwargs": list(kwargs),
+                "ids": array(id.hex for id in ids),
+                "kwargs": f"[{','.join(kwargs)}]",
                 "notify": notifies(connection),
                 "notify_name": notify_name(columns["channel"]),
                 **columns,

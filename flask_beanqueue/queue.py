@@ -12,7 +12,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
 from .claim import Claim, current_claim, current_task_id
-from .models import PROCESSING, Models, uuid7
+from .models import PROCESSING, Models, uuid7s
 from .options import Options
 from .queries import Queries
 
@@ -143,7 +143,7 @@ class Queue:
         self, module: str, func_name: str, options: Options, kwargs: t.Sequence[str]
     ) -> list[uuid.UUID]:
         """Insert tasks with one statement, their arguments given as JSON; return their ids."""
-        ids = [uuid7() for _ in kwargs]
+        ids = uuid7s(len(kwargs))
         connection = self.connection(self.db.session())
         parent_id = current_task_id()
         self.queries.insert(
