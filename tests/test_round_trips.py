@@ -109,7 +109,9 @@ def test_round_trips_of_a_request(
         request_(db, bq, Note)
     with app.app_context(), wire.counting() as counts:
         request_(db, bq, Note)
-    assert (counts.round_trips, counts.statements) == (round_trips, round_trips)
+    assert counts.round_trips == round_trips
+    if bq.engine(app).driver == "psycopg2":  # psycopg 3 sends row by row, and waits once
+        assert counts.statements == round_trips
 
 
 @pytest.mark.parametrize(
