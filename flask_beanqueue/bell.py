@@ -1,9 +1,10 @@
-"""The bell: what wakes the worker's loop."""
+"""The bell: what wakes a loop, that of a worker or a supervisor."""
 
 from __future__ import annotations
 
 import contextlib
 import selectors
+import signal
 import socket
 import typing as t
 
@@ -15,8 +16,8 @@ class HasFileno(t.Protocol):
 
 
 class Bell:
-    """A pair of sockets, open while the bell is a context: threads and signal handlers write into
-    one end, the loop sleeps at the other."""
+    """A pair of sockets, open while the bell is a context: threads, signal handlers and a parent
+    process write into one end, the loop sleeps at the other."""
 
     def __init__(self) -> None:
         self._asleep = False
@@ -31,6 +32,21 @@ class Bell:
         for end in self._ends or ():
             end.close()
 
+    def fileno(self) -> int:
+        assert self._ends is not None
+        return self._ends[0].fileno()
+
+    @contextlib.contextmanager
+    def rung_by_signals(self) -> t.Iterator[None]:
+        """Let each signal that has a handler ring: Python calls the handler of one that comes just
+        before the sleep only when the sleep is over."""
+        assert self._ends is not None
+        before = signal.set_wakeup_fd(self._ends[1].fileno(), warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+
     def ring(self) -> None:
         """Wake the loop, or keep it from its next sleep. For any thread and signal handler."""
         if self._ends is not None:
@@ -42,23 +58,27 @@ class Bell:
         if self._asleep:
             self.ring()
 
-    def wait(self, timeout: t.Callable[[], float], *others: HasFileno) -> bool:
+    def drain(self) -> bool:
+        """Take what was rung, and tell whether it was."""
+        assert self._ends is not None
+        with contextlib.suppress(BlockingIOError):
+            return bool(self._ends[0].recv(4096))
+        return False
+
+    def wait(self, timeout: t.Callable[[], float | None], *others: HasFileno) -> bool:
         """Sleep until somebody rings, another thing is readable, or the time is over.
 
-        :param timeout: answers after how many seconds that is.
+        :param timeout: answers after how many seconds that is; never, if with None.
         :return: whether one of the others is readable.
         """
-        assert self._ends is not None
-        near = self._ends[0]
         # First asleep, then the time: news between the two rings the bell.
         self._asleep = True
         with selectors.DefaultSelector() as selector:
-            for each in (near, *others):
+            for each in (self, *others):
                 selector.register(each, selectors.EVENT_READ)
             rung = [key.fileobj for key, _ in selector.select(timeout())]
         self._asleep = False
-        if near in rung:
-            rung.remove(near)
-            with contextlib.suppress(BlockingIOError):
-                near.recv(4096)
+        if self in rung:
+            rung.remove(self)
+            self.drain()
         return bool(rung)

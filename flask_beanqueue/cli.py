@@ -22,7 +22,10 @@ from .config import ConfigError
 from .connection import connect
 from .errors import sqlstate
 from .extension import BeanQueue
+from .fanout import Fanout
+from .listen import Listener, Source
 from .log import log, reason
+from .queries import application_name
 from .registry import import_packages
 from .supervisor import Supervisor
 from .worker import Worker, WorkerDied
@@ -92,12 +95,14 @@ def worker_command(
     app, bq = current()
     log_to_stderr(verbose)
 
-    def make(index: int = 0) -> Worker:
+    def make(index: int = 0, source: Source | None = None) -> Worker:
         own = name or f"{socket.gethostname()}-{os.getpid()}"
         if name and processes > 1:
             own = f"{name}-{index + 1}"
         try:
-            return bq.worker(channels, app=app, concurrency=concurrency, burst=burst, name=own)
+            return bq.worker(
+                channels, app=app, concurrency=concurrency, burst=burst, name=own, source=source
+            )
         except (RuntimeError, ValueError) as error:
             raise click.ClickException(str(error)) from error
 
@@ -109,11 +114,11 @@ def worker_command(
             return 1
         return 0
 
-    def work(index: int) -> int:
+    def work(index: int, source: Source) -> int:
         forget_connections(app, bq)
         try:
             with readable_errors():
-                return run(make(index))
+                return run(make(index, source))
         except click.ClickException as error:
             error.show()
             return error.exit_code
@@ -134,14 +139,30 @@ def worker_command(
             code = work_until_change() if reloader.works() else reloader.start_again()
         elif processes > 1:
             # What is wrong is said once, not once in each process.
-            make()
-            with contextlib.closing(connect(bq.engine(app))) as connection:
+            worker = make()
+            with contextlib.closing(connect(worker.engine)) as connection:
                 bq.queries.check_tables(connection)
-            code = Supervisor(work, processes, replaces=not burst).run()
+            code = supervise(worker, work, processes)
         else:
             code = run(make())
     if code:
         raise click.exceptions.Exit(code)
+
+
+def supervise(worker: Worker, work: t.Callable[[int, Source], int], processes: int) -> int:
+    """Run several processes, for all of which this one LISTENs.
+
+    :param worker: what they will be like.
+    :param work: what each does, given its number and what tells it of news.
+    """
+    listener = Listener(worker.engine, worker.channels, application_name("listener"))
+    with contextlib.closing(Fanout(listener, processes)) as fanout:
+        return Supervisor(
+            lambda index: work(index, fanout.subscription(index)),
+            processes,
+            replaces=not worker.burst,
+            source=fanout if worker.config.LISTEN else None,
+        ).run()
 
 
 def forget_connections(app: Flask, bq: BeanQueue) -> None:

@@ -18,6 +18,7 @@ from . import outcome as outcomes
 from . import worker as workers
 from .claim import current_claim, this_app
 from .config import PREFIX, Config, ConfigError
+from .listen import Source
 from .models import make_models
 from .notify import listen_events
 from .options import Options, check_channel, check_count, check_text
@@ -274,8 +275,12 @@ class BeanQueue(Queue):
         concurrency: int | None = None,
         burst: bool = False,
         name: str | None = None,
+        source: Source | None = None,
     ) -> workers.Worker:
-        """Make the worker that :meth:`process_tasks` runs, for who needs its ``stop()``."""
+        """Make the worker that :meth:`process_tasks` runs, for who needs its ``stop()``.
+
+        :param source: what tells it of news; a LISTEN connection of its own, unless given.
+        """
         if app is None:
             if not has_app_context():
                 raise RuntimeError("Give app=, or call this in an app context.")
@@ -313,6 +318,7 @@ class BeanQueue(Queue):
             concurrency=concurrency,
             burst=burst,
             name=name,
+            source=source,
         )
 
 

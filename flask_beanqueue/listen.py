@@ -30,17 +30,45 @@ def notifies(connection: Connection) -> bool:
     return connection.get_execution_options().get("bq_notify", True) is not False
 
 
+class Source(t.Protocol):
+    """What tells a process of news: a connection that LISTENs, or its parent, which has one."""
+
+    @property
+    def listens(self) -> bool:
+        """Whether all news will come; if not, one must poll."""
+
+    @property
+    def next_try(self) -> float:
+        """When :meth:`listen` may help again, by the monotonic clock."""
+
+    def listen(self) -> bool:
+        """Try to listen, if that is not so, and tell whether it listens anew."""
+
+    def fileno(self) -> int:
+        """For a selector: readable when there is something to drain; -1 if there is none."""
+
+    def drain(self) -> bool:
+        """Take the news that has come, and tell whether there were any."""
+
+    def close(self) -> None: ...
+
+
 class Listener:
     """A connection in autocommit that LISTENs, outside the pool and outside any transaction: an
     open one would keep vacuum from its work.
 
     :param engine: where to connect.
     :param channels: the queue's channels.
+    :param application_name: what the database calls the connection; as the engine says, unless
+        given.
     """
 
-    def __init__(self, engine: Engine, channels: t.Iterable[str]) -> None:
+    def __init__(
+        self, engine: Engine, channels: t.Iterable[str], application_name: str | None = None
+    ) -> None:
         self._engine = engine
         self._names = [notify_name(channel) for channel in channels]
+        self._application_name = application_name
         self._connection: t.Any = None
         self._failing = False
         self.next_try = 0.0
@@ -60,6 +88,8 @@ class Listener:
             self._connection.rollback()
             self._connection.autocommit = True
             with self._connection.cursor() as cursor:
+                if self._application_name is not None:
+                    cursor.execute(f"SET application_name = '{self._application_name}'")
                 for name in self._names:
                     quoted = name.replace('"', '""')
                     cursor.execute(f'LISTEN "{quoted}"')
@@ -77,7 +107,7 @@ class Listener:
 
     def fileno(self) -> int:
         """For a selector: readable when notifications have come, or the connection has gone."""
-        return t.cast(int, self._connection.fileno())
+        return -1 if self._connection is None else t.cast(int, self._connection.fileno())
 
     def drain(self) -> bool:
         """Take the notifications that have come, and tell whether there were any."""

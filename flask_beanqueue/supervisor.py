@@ -11,6 +11,8 @@ import time
 import traceback
 import typing as t
 
+from .bell import Bell
+from .listen import Source
 from .log import log
 from .shutdown import Relay, end_on_signals
 
@@ -18,6 +20,8 @@ from .shutdown import Relay, end_on_signals
 STEADY = 5.0
 #: Processes that may fail to start in a row, for each that there should be.
 ATTEMPTS = 3
+#: Seconds before each start while they do.
+PAUSE = 1.0
 
 
 def flush() -> None:
@@ -36,14 +40,24 @@ class Supervisor:
     :param start: what a process does, given its number; its answer is the exit code.
     :param processes: how many.
     :param replaces: whether a process that ends well is replaced, too.
+    :param source: what is to be listened to and drained for the processes.
     """
 
     def __init__(
-        self, start: t.Callable[[int], int], processes: int, *, replaces: bool = True
+        self,
+        start: t.Callable[[int], int],
+        processes: int,
+        *,
+        replaces: bool = True,
+        source: Source | None = None,
     ) -> None:
         self._start = start
         self._processes = processes
         self._replaces = replaces
+        self._source = source
+        self._bell = Bell()
+        #: The numbers of processes that are to be started, and when.
+        self._vacant = dict.fromkeys(range(processes), 0.0)
         self._children: dict[int, tuple[int, float]] = {}
         self._lifeline = os.pipe()
         self._failures = 0
@@ -53,16 +67,46 @@ class Supervisor:
     def run(self) -> int:
         """Run until all processes have left; the exit code is 0 if theirs were."""
         self._relay.listen()
-        for index in range(self._processes):
-            self._fork(index)
-        while self._children:
-            pid, status = os.wait()
-            if pid in self._children:
-                index, since = self._children.pop(pid)
-                self._ended(index, pid, time.monotonic() - since, os.waitstatus_to_exitcode(status))
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # what has no handler rings no bell
+        with self._bell, self._bell.rung_by_signals():
+            self._listen()  # before the first starts, which says whether it polls
+            while self._children or (self._vacant and not self._relay.stopping):
+                self._fill()
+                self._listen()
+                self._wait()
+                self._reap()
         for end in self._lifeline:
             os.close(end)
         return 1 if self._failed else 0
+
+    def _listen(self) -> None:
+        if self._source is not None and not self._relay.stopping:
+            self._source.listen()
+
+    def _wait(self) -> None:
+        """Sleep until a signal, news, or the time comes to do something."""
+        watched = [self._source] if self._source and self._source.fileno() >= 0 else []
+        if self._bell.wait(self._timeout, *watched):
+            for source in watched:
+                source.drain()
+
+    def _timeout(self) -> float | None:
+        """Seconds until there is something to do without a signal and news."""
+        until = list(self._vacant.values())
+        if self._source is not None and not self._source.listens:
+            until.append(self._source.next_try)
+        if self._relay.stopping or not until:
+            return None
+        return max(min(until) - time.monotonic(), 0.0)
+
+    def _reap(self) -> None:
+        while self._children:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                break
+            if pid in self._children:
+                index, since = self._children.pop(pid)
+                self._ended(index, pid, time.monotonic() - since, os.waitstatus_to_exitcode(status))
 
     def _ended(self, index: int, pid: int, lived: float, code: int) -> None:
         """Replace a process, unless it was to end or cannot start at all."""
@@ -80,9 +124,17 @@ class Supervisor:
             self._relay.stop()
             return
         log.error("Worker process %d (%d) %s; a new one takes its place", index + 1, pid, how)
-        if self._failures:
-            time.sleep(1)
-        self._fork(index)
+        at = time.monotonic()
+        if self._failures:  # one after the other: N at a time would be given up too soon
+            at = max([at, *self._vacant.values()]) + PAUSE
+        self._vacant[index] = at
+
+    def _fill(self) -> None:
+        """Start the processes that are to be started by now."""
+        now = time.monotonic()
+        for index in [index for index, at in self._vacant.items() if at <= now]:
+            del self._vacant[index]
+            self._fork(index)
 
     def _fork(self, index: int) -> None:
         with self._relay.held() as mask:
@@ -97,6 +149,8 @@ class Supervisor:
     def _run_child(self, index: int, mask: t.Collection[int]) -> t.NoReturn:
         code = 1
         try:
+            signal.set_wakeup_fd(-1)  # the parent's
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             end_on_signals()
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             os.close(self._lifeline[1])

@@ -25,7 +25,7 @@ from .crew import Crew
 from .errors import TROUBLE
 from .executor import Executor
 from .heartbeat import Heartbeat
-from .listen import Listener
+from .listen import Listener, Source
 from .log import log, reason
 from .marks import Marks
 from .models import uuid7
@@ -56,6 +56,7 @@ class Worker:
     :param concurrency: how many threads run tasks.
     :param burst: leave when no task is due.
     :param name: what people see; host and process id, unless said.
+    :param source: what tells it of news; a LISTEN connection of its own, unless said.
     :raises ValueError: if the app's pool has fewer connections than that.
     """
 
@@ -71,6 +72,7 @@ class Worker:
         concurrency: int | None = None,
         burst: bool = False,
         name: str | None = None,
+        source: Source | None = None,
     ) -> None:
         self.app = app
         self.queue = queue
@@ -94,7 +96,7 @@ class Worker:
         self._writer = Writer(app, queue, config.BATCH_SIZE, self._released)
         self._marks = Marks(self.channels)
         self._suspect = Suspect()
-        self._listener = Listener(engine, self.channels)
+        self._source = source or Listener(engine, self.channels)
         self._line = Line(engine)
 
         #: There is nothing to claim before this time, unless there is news.
@@ -142,7 +144,7 @@ class Worker:
             self._bell,
             self._signal_handlers(),
             contextlib.closing(self._line),
-            contextlib.closing(self._listener),
+            contextlib.closing(self._source),
         ):
             queries = self.queue.queries
             queries.check_tables(self._line.connection)
@@ -183,7 +185,7 @@ class Worker:
             self.concurrency,
             len(self.registry),
             "" if len(self.registry) == 1 else "s",
-            "LISTEN" if self._listener.listens else f"polling every {self._poll_timeout:g} s",
+            "LISTEN" if self._source.listens else f"polling every {self._poll_timeout:g} s",
         )
 
         for channel in set(self.channels) - set(self.registry.channels):
@@ -412,8 +414,8 @@ class Worker:
 
     def _wait(self) -> None:
         """Sleep until there is something to do."""
-        watched = [self._listener] if self._listener.listens else []
-        if self._bell.wait(self._timeout, *watched) and self._listener.drain():
+        watched = [self._source] if self._source.fileno() >= 0 else []
+        if self._bell.wait(self._timeout, *watched) and self._source.drain():
             self._quiet_until = 0.0
         self._listen()
 
@@ -433,22 +435,22 @@ class Worker:
                 until.append(self._suspect.until)
             elif not self._occupied and self._crew.wanted > 0:
                 until.append(self._quiet_until)
-            if self.config.LISTEN and not self._listener.listens:
-                until.append(self._listener.next_try)
+            if self.config.LISTEN and not self._source.listens:
+                until.append(self._source.next_try)
         return max(min(until) - now, 0.0)
 
     @property
     def _poll_timeout(self) -> float:
         timeout = self.config.poll_timeout
-        if self.config.LISTEN and not self._listener.listens:
+        if self.config.LISTEN and not self._source.listens:
             return min(timeout, LISTEN_LOST)
         return timeout
 
     def _listen(self) -> None:
         """LISTEN, if that is not so, and look for what came before; poll where it cannot be had."""
-        if not self.config.LISTEN or self._stopping or self._listener.listens:
+        if not self.config.LISTEN or self._stopping or self._source.listens:
             return
-        if self._listener.listen():
+        if self._source.listen():
             self._marks.look_soon()
             self._ask_again()
         else:

@@ -7,6 +7,7 @@ import datetime
 import os
 import re
 import signal
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -403,16 +404,29 @@ def test_a_worker_waits_until_the_database_is_back(
     assert worker.stop() == 0
 
 
-def test_a_worker_that_cannot_listen_polls_meanwhile(
-    app: Flask, server_url: str, database_url: str, probe: Probe, processes: Processes
-) -> None:
-    worker = processes.worker(APP, BQ_POLL_TIMEOUT=3600)
-    with outage(server_url, database_url, lost="LISTEN"):
-        worker.wait_line("LISTEN fails")
+def wake(probe: Probe, times: int = 5) -> None:
+    """See tasks done, one by one: all but the first find the workers asleep, or about to be."""
+    for _ in range(times):
         faults.nothing.enqueue()
         faults.db.session.commit()
-        probe.wait("nothing DONE")
+        probe.wait("nothing DONE", timeout=15)
+
+
+@pytest.mark.parametrize("options", [[], ["--processes", "2"]], ids=["one", "two"])
+def test_a_worker_that_cannot_listen_polls_meanwhile(
+    app: Flask,
+    server_url: str,
+    database_url: str,
+    probe: Probe,
+    processes: Processes,
+    options: list[str],
+) -> None:
+    worker = processes.worker(APP, *options, BQ_POLL_TIMEOUT=3600)
+    with outage(server_url, database_url, lost="LISTEN"):
+        worker.wait_line("LISTEN fails")
+        wake(probe, times=3)
     worker.wait_line("LISTENs again")
+    wake(probe)
     assert worker.output.count("LISTEN fails") == 1
     assert worker.stop() == 0
 
@@ -563,3 +577,114 @@ def test_processes_that_cannot_start_are_given_up(
     supervisor = processes.flask("--app", APP, "bq", "worker", "--processes", "2")
     assert supervisor.wait() == 1
     supervisor.wait_line("none can start: giving up")
+
+
+#: So long that a task is done within the test only if somebody wakes its worker.
+NO_POLL = {"BQ_POLL_TIMEOUT": 3600}
+
+
+def listening(url: str) -> list[str]:
+    """What the database calls the connections that LISTEN."""
+    return [
+        name
+        for (name,) in query(
+            url,
+            "SELECT application_name FROM pg_stat_activity"
+            " WHERE query LIKE 'LISTEN%' AND datname = current_database()"
+            " AND application_name LIKE 'beanqueue %'",
+        )
+    ]
+
+
+def wake_each(probe: Probe, number: int) -> None:
+    """See as many processes of one thread woken, one after the other: each gets a task that runs
+    until all have one."""
+    with contextlib.ExitStack() as gates:
+        for each in range(number):
+            gates.enter_context(probe.gate(f"waiting {each}"))
+            faults.wait.enqueue(name=str(each))
+            faults.db.session.commit()
+            probe.wait(f"waiting {each}", timeout=15)
+    probe.wait_until(lambda: probe.heard.count("wait DONE") == number)
+
+
+def test_one_connection_listens_for_all_processes(
+    app: Flask, database_url: str, probe: Probe, processes: Processes
+) -> None:
+    supervisor = processes.worker(APP, "--processes", "3")
+    assert listening(database_url) == ["beanqueue listener"]
+    assert supervisor.output.count("; LISTEN") == 3
+    assert supervisor.stop() == 0
+
+
+def test_a_commit_wakes_each_process_without_a_poll(
+    app: Flask, database_url: str, probe: Probe, processes: Processes
+) -> None:
+    supervisor = processes.worker(APP, "--processes", "3", "--concurrency", "1", **NO_POLL)
+    wake(probe)
+    wake_each(probe, 3)
+    assert supervisor.stop() == 0
+
+
+def test_processes_are_woken_again_when_their_listener_was_lost(
+    app: Flask, database_url: str, probe: Probe, processes: Processes
+) -> None:
+    supervisor = processes.worker(APP, "--processes", "3", **NO_POLL)
+    terminate(database_url, sa.make_url(database_url).database, "LISTEN")
+    wake(probe)
+    assert listening(database_url) == ["beanqueue listener"]
+    assert supervisor.stop() == 0
+
+
+def test_a_process_that_replaces_another_is_woken_too(
+    app: Flask, database_url: str, probe: Probe, processes: Processes
+) -> None:
+    supervisor = processes.worker(APP, "--processes", "2", "--concurrency", "1", **NO_POLL)
+    for times, child in enumerate(psutil.Process(supervisor.pid).children(), 3):
+        child.kill()
+        supervisor.wait_line(READY, times=times)
+    wake(probe)
+    wake_each(probe, 2)
+    assert listening(database_url) == ["beanqueue listener"]
+    assert supervisor.stop() == 0
+
+
+def test_a_frozen_process_does_not_keep_the_others_from_being_woken(
+    app: Flask, database_url: str, probe: Probe, processes: Processes
+) -> None:
+    supervisor = processes.worker(APP, "--processes", "2", **NO_POLL)
+    frozen = psutil.Process(supervisor.pid).children()[0]
+    frozen.suspend()
+    while frozen.status() != psutil.STATUS_STOPPED:
+        pass
+    with contextlib.closing(connect(database_url)) as connection:
+        for _ in range(2000):  # more than a pipe takes
+            connection.cursor().execute("NOTIFY faults")
+    wake(probe)
+    frozen.resume()
+    assert supervisor.stop() == 0
+
+
+def test_processes_poll_where_listen_is_not_wanted(
+    app: Flask, database_url: str, probe: Probe, processes: Processes
+) -> None:
+    supervisor = processes.worker(APP, "--processes", "2", BQ_LISTEN=0, BQ_POLL_TIMEOUT=0.1)
+    wake(probe)
+    assert listening(database_url) == []
+    assert supervisor.stop() == 0
+
+
+def test_nothing_of_several_processes_is_left_behind(
+    app: Flask, database_url: str, probe: Probe, processes: Processes
+) -> None:
+    supervisor = processes.worker(APP, "--processes", "3")
+    children = psutil.Process(supervisor.pid).children()
+    assert supervisor.stop() == 0
+    assert not any(child.is_running() for child in children)
+    deadline = time.monotonic() + 30
+    while query(
+        database_url,
+        "SELECT FROM pg_stat_activity"
+        " WHERE application_name LIKE 'beanqueue %' AND datname = current_database()",
+    ):
+        assert time.monotonic() < deadline

@@ -26,8 +26,8 @@ FLOORS = """
     connection
     queries
     models
-    marks reloader
-    supervisor bell listen signals retry
+    marks reloader supervisor fanout
+    bell listen signals retry
     arguments options config claim log errors shutdown
 """
 FLOOR = {

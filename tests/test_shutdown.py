@@ -12,6 +12,7 @@ import pytest
 from flask import Flask
 
 from flask_beanqueue import BeanQueue
+from flask_beanqueue.bell import Bell
 from flask_beanqueue.shutdown import Relay
 
 
@@ -83,3 +84,17 @@ def test_the_first_signal_to_a_worker_that_stops_already_is_no_impatience(
         assert worker._grace_until > time.monotonic()
         call_handler(signal.SIGTERM)
         assert worker._grace_until <= time.monotonic()
+
+
+def test_a_signal_that_comes_just_before_the_sleep_ends_it() -> None:
+    bell = Bell()
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        with bell:
+            with bell.rung_by_signals():
+                signal.raise_signal(signal.SIGUSR1)
+                bell.wait(lambda: None)
+            signal.raise_signal(signal.SIGUSR1)
+            assert not bell.drain()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
