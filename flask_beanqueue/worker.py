@@ -216,7 +216,8 @@ class Worker:
 
         before = [signal.signal(number, handler) for number in OTHER]
         try:
-            yield
+            with self._bell.rung_by_signals():
+                yield
         finally:
             for number, previous in zip(OTHER, before, strict=True):
                 # None: by something that is not Python.

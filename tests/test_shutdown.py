@@ -6,6 +6,7 @@ import os
 import signal
 import time
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -66,7 +67,7 @@ def test_a_worker_leaves_at_once_for_the_same_signal_only(
             return 1000.0
 
     worker.config = Config()  # type: ignore[assignment]
-    with worker._signal_handlers():
+    with worker._bell, worker._signal_handlers():
         call_handler(signal.SIGTERM)
         if not within:
             call_handler(second)
@@ -78,7 +79,7 @@ def test_the_first_signal_to_a_worker_that_stops_already_is_no_impatience(
     app: Flask, bq: BeanQueue
 ) -> None:
     worker = bq.worker(["default"], app=app)
-    with worker._signal_handlers():
+    with worker._bell, worker._signal_handlers():
         worker.stop()
         call_handler(signal.SIGTERM)
         assert worker._grace_until > time.monotonic()
@@ -86,15 +87,28 @@ def test_the_first_signal_to_a_worker_that_stops_already_is_no_impatience(
         assert worker._grace_until <= time.monotonic()
 
 
-def test_a_signal_that_comes_just_before_the_sleep_ends_it() -> None:
-    bell = Bell()
+@pytest.fixture
+def unheeded() -> Iterator[int]:
+    """A signal whose handler does nothing, as if Python had not come to call it yet."""
     before = signal.signal(signal.SIGUSR1, lambda *_: None)
-    try:
-        with bell:
-            with bell.rung_by_signals():
-                signal.raise_signal(signal.SIGUSR1)
-                bell.wait(lambda: None)
-            signal.raise_signal(signal.SIGUSR1)
-            assert not bell.drain()
-    finally:
-        signal.signal(signal.SIGUSR1, before)
+    yield signal.SIGUSR1
+    signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_signal_that_comes_just_before_the_sleep_ends_it(unheeded: int) -> None:
+    bell = Bell()
+    with bell:
+        with bell.rung_by_signals():
+            signal.raise_signal(unheeded)
+            bell.wait(lambda: None)
+        signal.raise_signal(unheeded)
+        assert not bell.drain()
+
+
+def test_a_signal_that_comes_just_before_a_worker_sleeps_wakes_it(
+    app: Flask, bq: BeanQueue, unheeded: int
+) -> None:
+    worker = bq.worker(["default"], app=app)
+    with worker._bell, worker._signal_handlers():
+        signal.raise_signal(unheeded)
+        assert worker._bell.drain()
