@@ -60,8 +60,10 @@ clean: ## Remove everything that make, Python and the tools made
 .venv-sqlalchemy20/installed: INSTALL = '.[test]' 'sqlalchemy<2.1'
 .venv-lowest/installed: INSTALL = '.[test]' 'sqlalchemy==2.0.16' \
 	$(shell sed -n '/^dependencies/,/^]/s/.*"\(.*\)>=\([^"]*\)".*/\1==\2/p' pyproject.toml)
+.venv-bench/installed: INSTALL = . --requirement benchmarks/requirements.txt
+.venv-bench/installed: benchmarks/requirements.txt
 
-.venv/installed .venv-sqlalchemy20/installed .venv-lowest/installed: pyproject.toml
+.venv/installed .venv-sqlalchemy20/installed .venv-lowest/installed .venv-bench/installed: pyproject.toml
 	@echo "Installing into $(@D)"
 	@$(PYTHON) -m venv $(@D)
 	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --editable $(INSTALL)
