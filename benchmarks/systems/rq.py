@@ -1,0 +1,74 @@
+"""RQ on Redis."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+
+import rq
+
+from .. import tally
+from ..redis import RedisSystem, client, url, write_row
+from ..system import System, run
+
+
+def nothing(number: int) -> None:
+    tally.tick()
+
+
+def write(number: int) -> None:
+    write_row(number)
+    tally.tick()
+
+
+def mark(number: int) -> None:
+    tally.mark(number)
+
+
+TASKS = {"nothing": nothing, "write": write, "mark": mark}
+
+
+class RQ(RedisSystem):
+    """:param arguments: further arguments of its worker.
+    :param options: What its jobs are enqueued with.
+    """
+
+    name = "RQ"
+
+    def __init__(self, settings: str, command: str, *arguments: str, **options: object) -> None:
+        super().__init__(settings)
+        self.command = command
+        self.arguments = arguments
+        self.options = options
+
+    @functools.cached_property
+    def queue(self) -> rq.Queue:
+        return rq.Queue("bench", connection=client())
+
+    def fill(self, kind: str, number: int) -> None:
+        for first in range(0, number, 1000):
+            self.queue.enqueue_many(
+                [
+                    rq.Queue.prepare_data(TASKS[kind], args=(each,), **self.options)
+                    for each in range(first, min(first + 1000, number))
+                ]
+            )
+
+    def enqueue(self, kind: str, number: int) -> None:
+        self.queue.enqueue_call(TASKS[kind], args=(number,), **self.options)
+
+    def start(self) -> subprocess.Popen[bytes]:
+        return run("rq.cli", self.command, "--url", url(), *self.arguments, "bench")
+
+    def left(self) -> int:
+        return int(self.queue.count) + int(self.queue.started_job_registry.get_job_count())
+
+
+SIMPLE = ("--worker-class", "rq.SimpleWorker", "--quiet")
+
+SYSTEMS: list[System] = [
+    RQ("a process for each task", "worker"),
+    RQ("one process, no log", "worker", *SIMPLE),
+    RQ("one process, no results, no log", "worker", *SIMPLE, result_ttl=0),
+    RQ("2 processes, no results, no log", "worker-pool", "--num-workers", "2", *SIMPLE, result_ttl=0),
+]
