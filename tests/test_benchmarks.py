@@ -2,59 +2,125 @@
 
 from __future__ import annotations
 
-import re
+from pathlib import Path
 
 import pytest
+
+from benchmarks.bars import BARS
+from benchmarks.figures import Results
+from benchmarks.report import markdown
+from benchmarks.run import MEASURES
 
 from .processes import Processes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
+OURS = "Flask-BeanQueue"
+#: For each measure some of its cases and systems, with figures that there must be.
+EXPECTED: dict[str, list[tuple[str, str, set[str]]]] = {
+    "throughput": [
+        *(("nothing", f"Bare loop (batch {n})", {"rate"}) for n in (1, 10, 100, 500, 1000)),
+        *(("nothing", system, {"rate"}) for system in (OURS, f"{OURS} (threads 1)")),
+        *(
+            ("write", f"{loop} loop (threads {n})", {"rate"})
+            for n in (1, 4, 8)
+            for loop in ("Session", "Statement")
+        ),
+        *(("write", f"{OURS}{each}", {"rate"}) for each in (" (threads 1)", "", " (threads 8)")),
+    ],
+    "processes": [
+        (kind, f"{OURS} (processes {n})", {"rate"}) for kind in ("nothing", "wait") for n in (1, 2)
+    ],
+    "limit": [
+        *((f"commits, clients {n}", "pgbench", {"rate"}) for n in (1, 4, 8)),
+        *((case, "psycopg2", {"rate"}) for case in ("rows", "tasks")),
+        ("NOTIFY", "psycopg2", {"p50"}),
+    ],
+    "enqueue": [
+        ("request", OURS, {"alone", "row", "task"}),
+        ("many", OURS, {"rate"}),
+        *(("many", f"COPY {each}", {"rate"}) for each in ("from arguments", "of ready text")),
+    ],
+    "wakeup": [
+        (case, system, {"p50", "p99", "commit_p50", "commit_p99"})
+        for case in ("idle", "200 commits/s")
+        for system in ("Bare listener (batch 4)", OURS)
+    ],
+    "schedule": [("", OURS, {"p50", "p99"})],
+    "depth": [
+        (case, OURS, {"rate"}) for case in ("waiting 10", "waiting 500", "done 1,000", "later 500")
+    ],
+    "vacuum": [
+        ("", OURS, {"beginning", "end", "points", "wakeup_before", "wakeup_after", "dead"}),
+        *(
+            ("", f"Bare loop{each} (batch 500)", {"beginning", "end", "points"})
+            for each in ("", " from the front")
+        ),
+    ],
+    "idle": [
+        ("workers 2", OURS, {"statements", "processor", "rss", "pss", "notify"}),
+        ("workers 2", "Bare listeners", {"notify"}),
+    ],
+    "channels": [
+        (case, OURS, {"rate"})
+        for case in (
+            "channels 1, workers 2",
+            "channels 8, workers 2",
+            "priorities 1",
+            "priorities 10",
+        )
+    ],
+    "memory": [
+        ("worker", OURS, {"start", "end", "growth", "points"}),
+        ("import", OURS, {"flask", "package"}),
+    ],
+}
 
-def run(processes: Processes, name: str, *arguments: str) -> list[str]:
-    """Run a benchmark to its end, and return the lines that it prints."""
-    benchmark = processes.python("-m", f"benchmarks.{name}", *arguments)
-    assert benchmark.wait(240) == 0, benchmark.output
-    return benchmark.output.splitlines()
+
+def bench(processes: Processes, *arguments: str) -> str:
+    """Run the benchmark to its end, and return what it prints."""
+    process = processes.python("-m", "benchmarks.run", *arguments)
+    assert process.wait(240) == 0, process.output
+    return process.output
 
 
-def one(lines: list[str], pattern: str) -> re.Match[str]:
-    """The one line that is as it should be."""
-    [found] = filter(None, (re.fullmatch(pattern, line.rstrip()) for line in lines))
-    return found
+def test_expected_are_all_measures() -> None:
+    assert set(EXPECTED) == set(MEASURES)
 
 
-THROUGHPUT = [
-    "nothing: bare loop, batch 100",
-    "nothing: bare loop, batch 500",
-    *(f"nothing: worker, {threads} thread(s)" for threads in (1, 4)),
-    *(
-        f"one row: {system}, {threads} thread(s)"
-        for threads in (1, 4, 8)
-        for system in ("session loop", "worker")
-    ),
-]
+@pytest.mark.parametrize("measure", MEASURES)
+def test_a_measure_has_its_figures(measure: str, processes: Processes, tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    output = bench(processes, "--tiny", "--only", measure, "--output", str(path))
+    results = Results.load(path)
+    for case, system, names in EXPECTED[measure]:
+        [figures] = [
+            record["figures"]
+            for record in results.records
+            if (record["case"], record["system"]) == (case, system)
+        ]
+        assert names <= figures.keys()
+    assert results.failures == []
+    assert results.machine["PostgreSQL"].startswith("PostgreSQL ")
+    # The report says the same as the file, and each bar is there, measured or not.
+    assert markdown(results) in output
+    for bar in BARS:
+        assert f"| {bar.text} | {bar.wanted} |" in output
 
 
-def test_throughput_has_a_rate_for_each_system(processes: Processes) -> None:
-    lines = run(processes, "throughput", "--rounds", "2", "--scale", "0.005")
-    one(lines, r"PostgreSQL \d+.*, fsync \w+, synchronous_commit \w+")
-    one(lines, "100 tasks that do nothing, 25 that write a row; 2 rounds")
-    for system in THROUGHPUT:
-        share = r" +\d+\.\d\d of its loop" if "worker" in system else ""
-        one(lines, rf"{re.escape(system)} +[\d,]+/s{share}")
-    assert sum("/s" in line for line in lines) == len(THROUGHPUT)
+def test_the_plan_names_every_measure(processes: Processes) -> None:
+    output = bench(processes, "--list", "--no-peers")
+    for measure in MEASURES:
+        assert f" {measure}: " in output
 
 
-def test_wakeup_has_a_median_and_a_p99_for_both_listeners(processes: Processes) -> None:
-    lines = run(processes, "wakeup", "--number", "3")
-    for listener in ("bare listener", "worker"):
-        figure = r" +\d+\.\d\d ms"
-        one(lines, rf"{listener} +median{figure} +p99{figure} +\(3 commits, .*\)")
-
-
-def test_idle_has_the_statements_the_time_and_the_memory(processes: Processes) -> None:
-    """Also where there was no statement: heartbeats are seconds apart."""
-    lines = run(processes, "idle", "--seconds", "0")
-    line = r"idle for 0 s: \d+ statements, \d+ ms of processor time, memory \d+\.\d MB [+-]\d+ kB"
-    one(lines, line)
+def test_a_failure_is_noted_and_the_rest_goes_on(processes: Processes, tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    process = processes.python(
+        *("-m", "benchmarks.run", "--tiny", "--only", "enqueue", "--output", str(path)),
+        BQ_BATCH_SIZE="none",  # which the app refuses
+    )
+    assert process.wait(240) == 1, process.output
+    results = Results.load(path)
+    assert {failure["measure"] for failure in results.failures} == {"enqueue"}
+    assert "## Failures" in process.output

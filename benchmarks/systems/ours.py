@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
+import time
+
+from flask import Flask
 
 from .. import app as bench
 from ..system import System, clean_database, execute, run, settle_database
+
+
+@functools.cache
+def app() -> Flask:
+    """The app of this process, which makes the tasks."""
+    return bench.create_app()
 
 
 class FlaskBeanQueue(System):
@@ -16,7 +26,10 @@ class FlaskBeanQueue(System):
     def __init__(self, settings: str = "", *worker: str) -> None:
         super().__init__(settings)
         self.worker = worker
-        self.app = bench.create_app()
+
+    @property
+    def app(self) -> Flask:
+        return app()
 
     def clean(self) -> None:
         clean_database()
@@ -29,13 +42,44 @@ class FlaskBeanQueue(System):
             bench.db.session.commit()
         settle_database()
 
-    def enqueue(self, kind: str, number: int) -> None:
+    def insert(self, kind: str, number: int, **columns: str) -> None:
+        """Insert tasks past the queue, a million in a few seconds.
+
+        :param columns: SQL for columns that differ; ``n`` is the task's number, from 0.
+        """
+        now = f"{time.time_ns() // 1_000_000:012x}"  # where an id of version 7 begins
+        values = {
+            "id": f"CAST('{now[:8]}-{now[8:]}-7000-8000-' || lpad(to_hex(n), 12, '0') AS uuid)",
+            "channel": "'bench'",
+            "module": f"'{bench.__name__}'",
+            "func_name": f"'{kind}'",
+            "kwargs": "jsonb_build_object('number', n)",
+            **columns,
+        }
+        execute(
+            f"INSERT INTO bq_tasks ({', '.join(values)})"
+            f" SELECT {', '.join(values.values())} FROM generate_series(0, {number - 1}) AS n"
+        )
+
+    def enqueue(self, kind: str, number: int) -> float:
         with self.app.app_context():
             getattr(bench, kind).enqueue(number=number)
+            bench.db.session.flush()
+            begun = time.monotonic()
             bench.db.session.commit()
+            return begun
 
     def start(self) -> subprocess.Popen[bytes]:
-        return run("flask", "--app", "benchmarks.app", "bq", "worker", "bench", *self.worker)
+        return self.start_on("bench")
+
+    def start_on(self, *channels: str) -> subprocess.Popen[bytes]:
+        """Start a worker of these channels."""
+        return run("flask", "--app", bench.__name__, "bq", "worker", *channels, *self.worker)
+
+    def workers(self) -> int:
+        """How many worker processes are at work."""
+        [(count,)] = execute("SELECT count(*) FROM bq_workers WHERE state = 'RUNNING'")
+        return int(str(count))
 
     def left(self) -> int:
         [(count,)] = execute("SELECT count(*) FROM bq_tasks WHERE state <> 'DONE'")

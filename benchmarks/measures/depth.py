@@ -1,0 +1,66 @@
+"""How fast a worker is when there is much in the table: waiting, done, or scheduled for later."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+
+from ..sizes import Sizes
+from ..step import Figures, Step
+from ..system import System, execute
+from ..systems.ours import FlaskBeanQueue
+from ..tally import tally
+from ..worker import Worker
+
+#: Tasks that a worker may do between being told to stop and stopping.
+OVERRUN = 5_000
+
+
+def depth(
+    system: FlaskBeanQueue,
+    number: int,
+    repeats: int,
+    *,
+    waiting: int,
+    done: int = 0,
+    later: int = 0,
+) -> Figures:
+    """Tasks a second over so many tasks, with others in the table.
+
+    :param repeats: how often; the median counts.
+    :param waiting: tasks that wait behind those that are measured.
+    :param done: tasks that have been done before, and vacuumed.
+    :param later: tasks that are due in a day.
+    """
+    system.clean()
+    if done:
+        system.insert("nothing", done, state="'DONE'", finished_at="now()")
+    if later:
+        system.insert("nothing", later, scheduled_at="now() + interval '1 day'")
+    system.insert("nothing", waiting + repeats * (number + OVERRUN) - OVERRUN)
+    execute("VACUUM ANALYZE", "CHECKPOINT")
+    rates = []
+    for _ in range(repeats):
+        tally().clear()
+        with Worker(system.start()) as worker:
+            rates.append(worker.work(number, 60.0).rate)
+    return {"rate": statistics.median(rates), "rates": rates}
+
+
+def steps(sizes: Sizes, peers: Sequence[System]) -> Iterator[Step]:
+    system = FlaskBeanQueue()
+    fewest = sizes.waiting[0]
+    cases = [
+        *(("waiting", waiting, {"waiting": waiting}) for waiting in sizes.waiting),
+        *(("done", done, {"waiting": fewest, "done": done}) for done in sizes.done),
+        ("later", sizes.later, {"waiting": fewest, "later": sizes.later}),
+    ]
+    for what, number, options in cases:
+        yield Step(
+            "depth",
+            f"{what} {number:,}",
+            str(system),
+            lambda options=options: depth(system, sizes.depth, sizes.repeats, **options),
+            sum(options.values()) / 80_000 + 3 * sizes.repeats + 2,
+            rounds=1 if number > 2_000_000 else 2,
+        )

@@ -1,0 +1,31 @@
+"""A step of the run: one thing that is measured of one system."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+#: What a step has measured, by name; times are in seconds.
+Figures = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """:param measure: what is measured; a file of :mod:`benchmarks.measures`.
+    :param case: under which conditions; empty where there is but one.
+    :param system: of what, in words.
+    :param run: measures it.
+    :param seconds: about how long that takes.
+    :param rounds: in how many rounds at most.
+    """
+
+    measure: str
+    case: str
+    system: str
+    run: Callable[[], Figures]
+    seconds: float
+    rounds: int = 99
+
+    def __str__(self) -> str:
+        return ": ".join(filter(None, (self.measure, self.case, self.system)))
