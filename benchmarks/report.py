@@ -169,8 +169,9 @@ def draw_wakeup(results: Results, figure: Any) -> bool:
 
 
 def draw_held(results: Results, figure: Any) -> bool:
+    if not (names := results.systems("vacuum", "")):
+        return False
     axes = figure.add_subplot()
-    names = results.systems("vacuum", "")
     for name in names:
         points = results.all("vacuum", "", name, "points")[0]
         pairs = list(itertools.pairwise(points))
@@ -185,18 +186,19 @@ def draw_held(results: Results, figure: Any) -> bool:
     axes.set_ylabel("tasks per second")
     axes.set_yscale("log")
     axes.legend(fontsize=7)
-    return bool(names)
+    return True
 
 
 def draw_depth(results: Results, figure: Any) -> bool:
-    cases = results.cases("depth")
+    if not (cases := results.cases("depth")):
+        return False
     axes = figure.add_subplot()
     for case in cases:
         for system in results.systems("depth", case):
             axes.bar(case, results.median("depth", case, system, "rate"), color=color(system))
     axes.set_ylabel("tasks per second")
     axes.set_xlabel("tasks in the table")
-    return bool(cases)
+    return True
 
 
 @click.command()

@@ -146,6 +146,9 @@ def measure(plan: Sequence[tuple[int, Step]], sizes: Sizes, output: Path) -> int
         file=sys.stderr,
     ) as bar:
         for turn, step in plan:
+            if turn and not step.again():
+                bar.update(int(step.seconds))
+                continue
             bar.current_item = step
             bar.render_progress()
             begun = time.monotonic()

@@ -13,10 +13,11 @@ class Sizes:
     nothing: int = 50_000
     write: int = 5_000
     wait: int = 4_000
-    #: Tasks for systems that turn out to be slow.
-    slow: int = 4_000
     #: Time after which a worker has done enough.
     box: float = 5.0
+    #: The same for other queues, and tasks for those that turn out to be slow.
+    peers_box: float = 3.0
+    slow: int = 3_000
     #: Requests, and tasks that are enqueued at once.
     requests: int = 1_000
     many: int = 100_000
@@ -58,8 +59,9 @@ QUICK = Sizes(
     nothing=20_000,
     write=2_000,
     wait=1_500,
-    slow=1_000,
     box=3.0,
+    peers_box=2.0,
+    slow=1_000,
     requests=400,
     many=50_000,
     bare=1.0,
@@ -88,8 +90,9 @@ TINY = Sizes(
     nothing=300,
     write=50,
     wait=50,
-    slow=50,
     box=2.0,
+    peers_box=2.0,
+    slow=50,
     requests=5,
     many=100,
     bare=0.1,

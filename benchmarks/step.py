@@ -18,6 +18,7 @@ class Step:
     :param run: measures it.
     :param seconds: about how long that takes.
     :param rounds: in how many rounds at most.
+    :param again: whether it is worth another round, after the first.
     """
 
     measure: str
@@ -26,6 +27,7 @@ class Step:
     run: Callable[[], Figures]
     seconds: float
     rounds: int = 99
+    again: Callable[[], bool] = lambda: True
 
     def __str__(self) -> str:
         return ": ".join(filter(None, (self.measure, self.case, self.system)))
