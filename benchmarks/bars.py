@@ -203,7 +203,7 @@ BARS = [
         "idle: commits with NOTIFY beside many workers, beside as many bare listeners",
         share(
             of_case("idle", "workers", OURS, "notify", -1),
-            of_case("idle", "workers", "Bare listeners", "notify", -1),
+            of_case("idle", "workers", OURS, "notify_bare", -1),
         ),
         least=0.95,
     ),

@@ -39,10 +39,12 @@ class Sizes:
     #: Tasks done while a snapshot is held, each of which leaves two dead rows; and for how long.
     held: int = 150_000
     held_box: float = 20.0
-    #: Workers that are idle, for how long; and how long NOTIFY is sent beside them.
+    #: Workers that are idle, and for how long, and how long NOTIFY is sent beside them. They settle
+    #: first: a backend with nothing to do may tell what it did before after ten seconds only.
     idle: int = 50
+    settled: float = 11.0
     idle_for: float = 20.0
-    notify_for: float = 3.0
+    notify_for: float = 6.0
     #: Channels, and the workers that share them.
     channels: int = 64
     workers: int = 10
@@ -78,7 +80,7 @@ QUICK = Sizes(
     held_box=8.0,
     idle=20,
     idle_for=10.0,
-    notify_for=1.0,
+    notify_for=2.0,
     workers=4,
     shared=20_000,
     memory=100_000,
@@ -108,6 +110,7 @@ TINY = Sizes(
     held=300,
     held_box=2.0,
     idle=2,
+    settled=0.0,
     idle_for=0.5,
     notify_for=0.1,
     channels=8,

@@ -14,6 +14,9 @@ import psycopg2
 #: ``mark`` tells when it runs; ``wait``, which only this queue has, sleeps for 5 ms.
 KINDS = ("nothing", "write", "mark", "wait")
 
+#: The table that tasks write to.
+ROWS = "CREATE TABLE bench_rows (id serial PRIMARY KEY, number int NOT NULL)"
+
 
 class System:
     """One queue with one setting, its worker in processes of its own.
@@ -68,11 +71,11 @@ def run(module: str, *arguments: str, **environ: str) -> subprocess.Popen[bytes]
     )
 
 
-def dsn() -> str:
+def dsn(address: str | None = None) -> str:
     """The address of the database, as psycopg2 and psycopg 3 take it."""
     import sqlalchemy as sa
 
-    url = sa.make_url(os.environ["DATABASE_URL"]).set(drivername="postgresql")
+    url = sa.make_url(address or os.environ["DATABASE_URL"]).set(drivername="postgresql")
     return url.render_as_string(hide_password=False)
 
 
@@ -104,7 +107,7 @@ def clean_database() -> None:
             CREATE SCHEMA public;
         END $$
         """,
-        "CREATE TABLE bench_rows (id serial PRIMARY KEY, number int NOT NULL)",
+        ROWS,
     )
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-import struct
 import threading
 import time
 from typing import NamedTuple
@@ -20,10 +19,12 @@ SLOTS = 1 << 16
 #: Tasks that can tell when they were.
 TIMES = 1 << 20
 
-_SLOT = struct.Struct("=qdd")  # how many, the first, the last
-_TIME = struct.Struct("=d")
-_TIMES_AT = _SLOT.size * SLOTS
-_SIZE = _TIMES_AT + _TIME.size * TIMES
+# The file is an array of words, which are written whole, so that nobody reads half of one.
+_WORD = 8
+# A slot has three: how many, when the first was, when the last.
+_SLOT = 3
+_TIMES_AT = _SLOT * SLOTS
+_SIZE = _WORD * (_TIMES_AT + TIMES)
 
 
 class Sum(NamedTuple):
@@ -47,7 +48,8 @@ class Tally:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT)
         if os.fstat(self._file).st_size < _SIZE:
             os.ftruncate(self._file, _SIZE)
-        self._map = mmap.mmap(self._file, _SIZE)
+        words = memoryview(mmap.mmap(self._file, _SIZE))
+        self._counts, self._times = words.cast("q"), words.cast("d")
         self._own = threading.local()
         os.register_at_fork(after_in_child=self._forget)
 
@@ -64,17 +66,20 @@ class Tally:
         now = time.monotonic()
         own = self._own.__dict__
         if not own:
-            own.update(at=self._place(), count=0, first=now)
+            own.update(at=self._place(), count=0)
+            self._times[own["at"] + 1] = now
         own["count"] += count
-        _SLOT.pack_into(self._map, own["at"], own["count"], own["first"], now)
+        self._times[own["at"] + 2] = now
+        self._counts[own["at"]] = own["count"]
 
     def mark(self, number: int) -> None:
         """The task of this number runs."""
-        _TIME.pack_into(self._map, _TIMES_AT + _TIME.size * number, time.monotonic())
+        self._times[_TIMES_AT + number] = time.monotonic()
 
     def sum(self) -> Sum:
         """Add up what the tasks have told."""
-        told = [_SLOT.unpack_from(self._map, _SLOT.size * (each + 1)) for each in range(self._used)]
+        slots = range(_SLOT, _SLOT * (self._used + 1), _SLOT)
+        told = [(self._counts[at], self._times[at + 1], self._times[at + 2]) for at in slots]
         told = [each for each in told if each[0]]
         if not told:
             return Sum(0, 0.0, 0.0)
@@ -83,12 +88,11 @@ class Tally:
 
     def time_of(self, number: int) -> float | None:
         """When the task of this number ran, on the monotonic clock."""
-        (moment,) = _TIME.unpack_from(self._map, _TIMES_AT + _TIME.size * number)
-        return moment or None
+        return self._times[_TIMES_AT + number] or None
 
     @property
     def _used(self) -> int:
-        return int(_SLOT.unpack_from(self._map, 0)[0])
+        return self._counts[0]
 
     def _place(self) -> int:
         """A place of one's own; the first one counts them."""
@@ -98,8 +102,8 @@ class Tally:
             used = self._used + 1
             if used >= SLOTS:
                 raise RuntimeError("Too many threads tell.")
-            _SLOT.pack_into(self._map, 0, used, 0.0, 0.0)
-        return _SLOT.size * used
+            self._counts[0] = used
+        return _SLOT * used
 
 
 _tally: Tally | None = None

@@ -58,8 +58,8 @@ EXPECTED: dict[str, list[tuple[str, str, set[str]]]] = {
         ),
     ],
     "idle": [
-        ("workers 2", OURS, {"statements", "processor", "rss", "pss", "notify"}),
-        ("workers 2", "Bare listeners", {"notify"}),
+        (f"workers {n}", OURS, {"statements", "processor", "rss", "pss", "notify", "notify_bare"})
+        for n in (1, 2)
     ],
     "channels": [
         (case, OURS, {"rate"})

@@ -67,7 +67,7 @@ def many(number: int) -> Figures:
         return {"rate": number / (time.perf_counter() - begun)}
 
 
-COLUMNS = "id, channel, module, func_name, kwargs, priority, scheduled_at"
+COLUMNS = "id, channel, module, func_name, kwargs, priority, scheduled_at, parent_id"
 
 
 def copy(number: int, *, ready: bool) -> Figures:
@@ -94,7 +94,7 @@ def copy_text(arguments: list[dict[str, Any]]) -> str:
     """Tasks in COPY's text format."""
     now = time.strftime("%Y-%m-%d %H:%M:%S+00", time.gmtime())
     return "".join(
-        f"{uuid7()}\tbench\tbenchmarks.app\tnothing\t{escaped(json.dumps(each))}\t0\t{now}\n"
+        f"{uuid7()}\tbench\tbenchmarks.app\tnothing\t{escaped(json.dumps(each))}\t0\t{now}\t\\N\n"
         for each in arguments
     )
 

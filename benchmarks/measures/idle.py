@@ -3,35 +3,45 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import psutil
 
+from tests import postgres
+
 from ..sizes import Sizes
 from ..step import Figures, Step
-from ..system import System, clean_database, execute
+from ..system import ROWS, System, execute
 from ..systems.bare import connect
 from ..systems.ours import FlaskBeanQueue
 from ..worker import Worker
 from .limit import rate
 
 COMMITTED = "SELECT xact_commit FROM pg_stat_database WHERE datname = current_database()"
+#: Seconds after which commits beside workers and beside bare listeners take turns: their rates vary
+#: too much from one second to the next for anything longer.
+TURN = 0.05
 #: A commit that writes something and notifies somebody else, in one round trip.
 NOTIFY = "INSERT INTO bench_rows (number) VALUES (1); NOTIFY others"
 
 
-def idle(system: FlaskBeanQueue, number: int, seconds: float, notify_for: float) -> Figures:
+def idle(
+    system: FlaskBeanQueue, number: int, settled: float, seconds: float, notify_for: float
+) -> Figures:
     """Statements, processor time and memory of idle workers, and commits with NOTIFY beside them.
 
     :param number: how many there are.
-    :param notify_for: seconds of such commits.
+    :param settled: seconds after which they count as idle.
+    :param notify_for: seconds of such commits, and of those beside bare listeners.
     """
     system.clean()
     with Worker(system.start()) as worker, contextlib.closing(connect()) as connection:
-        if not worker.wait(lambda: beating() == number):
-            raise RuntimeError(f"Only {beating()} of {number} workers are up.")
+        if not worker.wait(lambda: beating(settled) == number):
+            raise RuntimeError(f"Only {beating(settled)} of {number} workers are up.")
         processes = family(worker)
         cursor = connection.cursor()
         before = committed(cursor), processor_time(processes), time.monotonic()
@@ -45,30 +55,47 @@ def idle(system: FlaskBeanQueue, number: int, seconds: float, notify_for: float)
             "processor": (after[1] - before[1]) / for_each,
             "rss": statistics.median(each.rss for each in memory),
             "pss": sum(each.pss for each in memory) / number,
-            "notify": rate(lambda: cursor.execute(NOTIFY), notify_for),
+            **notifies(cursor, number, notify_for),
         }
 
 
-def listeners(number: int, seconds: float) -> Figures:
-    """Commits a second with NOTIFY beside bare connections that listen to another channel."""
-    clean_database()
+def notifies(cursor: Any, number: int, seconds: float) -> Figures:
+    """Commits a second with NOTIFY beside the workers, and beside as many bare connections that
+    listen in another database.
+
+    Both are there all the time, and commits take turns: only who listens in the same database is
+    told of a NOTIFY.
+    """
     with contextlib.ExitStack() as stack:
+        url = stack.enter_context(postgres.database(os.environ["DATABASE_URL"]))
+
+        def connection() -> Any:
+            return stack.enter_context(contextlib.closing(connect(url)))
+
         for _ in range(number):
-            connection = stack.enter_context(contextlib.closing(connect()))
-            connection.cursor().execute("LISTEN bench")
-        cursor = stack.enter_context(contextlib.closing(connect())).cursor()
-        return {"notify": rate(lambda: cursor.execute(NOTIFY), seconds)}
+            connection().cursor().execute("LISTEN bench")
+        other = connection().cursor()
+        other.execute(ROWS)
+        rates: tuple[list[float], list[float]] = ([], [])
+        for _ in range(max(round(seconds / TURN), 1)):
+            for each, found in zip((cursor, other), rates, strict=True):
+                found.append(rate(lambda each=each: each.execute(NOTIFY), TURN))
+        workers, bare = map(statistics.mean, rates)
+        return {"notify": workers, "notify_bare": bare, "notify_rates": rates}
 
 
-def beating() -> int:
-    """How many workers have had their first heartbeat, and so have settled."""
-    [(count,)] = execute("SELECT count(*) FROM bq_workers WHERE last_heartbeat > created_at")
+def beating(seconds: float) -> int:
+    """How many workers have had a heartbeat so many seconds after they started."""
+    [(count,)] = execute(
+        "SELECT count(*) FROM bq_workers"
+        f" WHERE last_heartbeat > created_at + interval '{seconds} seconds'"
+    )
     return int(str(count))
 
 
-def committed(cursor: object) -> int:
-    cursor.execute(COMMITTED)  # type: ignore[attr-defined]
-    return int(cursor.fetchone()[0])  # type: ignore[attr-defined]
+def committed(cursor: Any) -> int:
+    cursor.execute(COMMITTED)
+    return int(cursor.fetchone()[0])
 
 
 def family(worker: Worker) -> list[psutil.Process]:
@@ -90,16 +117,8 @@ def steps(sizes: Sizes, peers: Sequence[System]) -> Iterator[Step]:
             f"workers {number}",
             system.name,
             lambda system=system, number=number: idle(
-                system, number, sizes.idle_for, sizes.notify_for
+                system, number, sizes.settled, sizes.idle_for, sizes.notify_for
             ),
-            sizes.idle_for + sizes.notify_for + 8,
+            sizes.settled + sizes.idle_for + 2 * sizes.notify_for + 5,
             rounds=2 if number > 1 else 1,
         )
-    yield Step(
-        "idle",
-        f"workers {sizes.idle}",
-        "Bare listeners",
-        lambda: listeners(sizes.idle, sizes.notify_for),
-        sizes.notify_for + 1,
-        rounds=2,
-    )

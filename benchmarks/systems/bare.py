@@ -111,8 +111,8 @@ def compiled(statement: sa.ClauseElement) -> str:
     return str(statement.compile(dialect=dialect.dialect()))
 
 
-def connect(*, autocommit: bool = True) -> Any:
-    connection = psycopg2.connect(dsn())
+def connect(address: str | None = None, *, autocommit: bool = True) -> Any:
+    connection = psycopg2.connect(dsn(address))
     connection.autocommit = autocommit
     return connection
 
