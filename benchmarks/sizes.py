@@ -39,6 +39,8 @@ class Sizes:
     #: Tasks done while a snapshot is held, each of which leaves two dead rows; and for how long.
     held: int = 150_000
     held_box: float = 20.0
+    peers_held: int = 50_000
+    peers_held_box: float = 10.0
     #: Workers that are idle, and for how long, and how long NOTIFY is sent beside them. They settle
     #: first: a backend with nothing to do may tell what it did before after ten seconds only.
     idle: int = 50
@@ -78,6 +80,8 @@ QUICK = Sizes(
     repeats=2,
     held=40_000,
     held_box=8.0,
+    peers_held=20_000,
+    peers_held_box=5.0,
     idle=20,
     idle_for=10.0,
     notify_for=2.0,
@@ -109,6 +113,8 @@ TINY = Sizes(
     repeats=1,
     held=300,
     held_box=2.0,
+    peers_held=300,
+    peers_held_box=2.0,
     idle=2,
     settled=0.0,
     idle_for=0.5,

@@ -12,7 +12,7 @@ from types import TracebackType
 from .tally import Sum, tally
 
 #: Seconds that a worker may take to start its first task.
-START = 60.0
+START = 30.0
 #: Seconds between two looks at what the tasks have told.
 GLANCE = 0.01
 

@@ -88,16 +88,18 @@ def rate_within(points: Sequence[tuple[float, int]], low: float, high: float) ->
 
 
 def steps(sizes: Sizes, peers: Sequence[System]) -> Iterator[Step]:
-    loops: list[System] = [BareLoop(500), FrontLoop(500)]
-    inside = [peer for peer in peers if peer.store == "PostgreSQL"]
-    for system in [FlaskBeanQueue(), *loops, *inside]:
-        yield Step(
+    def step(system: System, number: int, box: float) -> Step:
+        return Step(
             "vacuum",
             "",
             str(system),
-            lambda system=system: held(
-                system, sizes.held, sizes.held_box, sizes.commits // 2, sizes.box
-            ),
-            sizes.held_box + 15,
+            lambda: held(system, number, box, sizes.commits // 2, sizes.box),
+            box + 8,
             rounds=1,
         )
+
+    for system in (FlaskBeanQueue(), BareLoop(500), FrontLoop(500)):
+        yield step(system, sizes.held, sizes.held_box)
+    for peer in peers:
+        if peer.store == "PostgreSQL":
+            yield step(peer, sizes.peers_held, sizes.peers_held_box)
