@@ -11,20 +11,20 @@ class Sizes:
 
     #: Tasks that do nothing, tasks that write a row, tasks that sleep.
     nothing: int = 50_000
-    write: int = 5_000
+    write: int = 3_000
     wait: int = 4_000
     #: Time after which a worker has done enough.
-    box: float = 5.0
+    box: float = 4.0
     #: The same for other queues, and tasks for those that turn out to be slow.
-    peers_box: float = 3.0
-    slow: int = 3_000
+    peers_box: float = 2.5
+    slow: int = 2_000
     #: Requests, and tasks that are enqueued at once.
     requests: int = 1_000
     many: int = 100_000
     #: Times that a bare statement is repeated for.
     bare: float = 2.0
     #: Commits whose tasks are waited for one by one, and those at a steady rate.
-    commits: int = 200
+    commits: int = 150
     steady: int = 600
     #: Tasks due later, within how long.
     due: int = 300
@@ -39,18 +39,18 @@ class Sizes:
     #: Tasks done while a snapshot is held, each of which leaves two dead rows; and for how long.
     held: int = 150_000
     held_box: float = 20.0
-    peers_held: int = 50_000
-    peers_held_box: float = 10.0
+    peers_held: int = 40_000
+    peers_held_box: float = 8.0
     #: Workers that are idle, and for how long, and how long NOTIFY is sent beside them. They settle
     #: first: a backend with nothing to do may tell what it did before after ten seconds only.
     idle: int = 50
     settled: float = 11.0
-    idle_for: float = 20.0
-    notify_for: float = 6.0
+    idle_for: float = 10.0
+    notify_for: float = 5.0
     #: Channels, and the workers that share them.
     channels: int = 64
     workers: int = 10
-    shared: int = 50_000
+    shared: int = 40_000
     #: Tasks that one worker does while its memory is watched.
     memory: int = 1_000_000
     memory_box: float = 120.0

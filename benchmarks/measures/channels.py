@@ -57,7 +57,8 @@ def steps(sizes: Sizes, peers: Sequence[System]) -> Iterator[Step]:
             f"channels {number}, workers {sizes.workers}",
             str(system),
             lambda number=number: channels(system, sizes.shared, number, sizes.workers),
-            0.5 * sizes.workers + sizes.shared / 10_000 + 3,
+            0.5 * sizes.workers + sizes.shared / 20_000 + 2,
+            rounds=2,
         )
     for number in (1, 10):
         yield Step(
@@ -65,5 +66,6 @@ def steps(sizes: Sizes, peers: Sequence[System]) -> Iterator[Step]:
             f"priorities {number}",
             str(system),
             lambda number=number: priorities(system, sizes.shared, number),
-            sizes.shared / 10_000 + 3,
+            sizes.shared / 15_000 + 2,
+            rounds=2,
         )

@@ -92,7 +92,7 @@ def notify(seconds: float) -> Figures:
 
 def steps(sizes: Sizes, peers: Sequence[System]) -> Iterator[Step]:
     def step(case: str, system: str, run: Callable[[], Figures]) -> Step:
-        return Step("limit", case, system, run, sizes.bare + 0.5)
+        return Step("limit", case, system, run, sizes.bare + 0.5, rounds=1)
 
     for clients in (1, 4, 8):
         yield step(

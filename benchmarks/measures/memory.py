@@ -78,7 +78,7 @@ def steps(sizes: Sizes, peers: Sequence[System]) -> Iterator[Step]:
         "worker",
         str(system),
         lambda: memory(system, sizes.memory, sizes.memory_box),
-        sizes.memory_box,
+        sizes.memory / 14_000 + 5,
         rounds=1,
     )
     yield Step(
@@ -86,6 +86,6 @@ def steps(sizes: Sizes, peers: Sequence[System]) -> Iterator[Step]:
         "import",
         system.name,
         lambda: import_time(sizes.imports),
-        0.5 * sizes.imports,
+        sizes.imports,
         rounds=1,
     )

@@ -23,4 +23,5 @@ def steps(sizes: Sizes, peers: Sequence[System]) -> Iterator[Step]:
                     system, kind, number, 2 * sizes.box
                 ),
                 sizes.box + 3,
+                rounds=2,
             )

@@ -44,5 +44,6 @@ def steps(sizes: Sizes, peers: Sequence[System]) -> Iterator[Step]:
         "",
         str(system),
         lambda: lateness(system, sizes.due, sizes.due_within),
-        sizes.due_within + 4,
+        sizes.due_within + 2,
+        rounds=2,
     )

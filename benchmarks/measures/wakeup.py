@@ -93,9 +93,9 @@ def steps(sizes: Sizes, peers: Sequence[System]) -> Iterator[Step]:
                 "wakeup",
                 case,
                 str(system),
-                lambda system=system, number=number // (1 + peer), rate=rate: wakeup(
+                lambda system=system, number=number // (1 + 2 * peer), rate=rate: wakeup(
                     system, number, rate, 2 * sizes.box
                 ),
-                number // (1 + peer) * (REST + 0.01 if rate is None else 1 / rate) + 2,
-                rounds=1 if peer else 99,
+                number // (1 + 2 * peer) * (REST + 0.01 if rate is None else 1 / rate) + 2,
+                rounds=1 if peer else 2,
             )
