@@ -111,8 +111,9 @@ def main(
         ]
         if lists:
             for turn, step in plan:
-                click.echo(f"{step.seconds:6.0f} s  round {turn + 1}  {step}")
-            click.echo(f"{sum(step.seconds for _, step in plan) / 60:6.1f} min in all, about")
+                click.echo(f"{step.takes(turn):6.1f} s  round {turn + 1}  {step}")
+            seconds = sum(step.takes(turn) for turn, step in plan)
+            click.echo(f"{seconds / 60:6.1f} min in all, about")
             return
         raise SystemExit(measure(plan, sizes, output or default_output(sizes)))
 
@@ -138,7 +139,7 @@ def default_output(sizes: Sizes) -> Path:
 def measure(plan: Sequence[tuple[int, Step]], sizes: Sizes, output: Path) -> int:
     """Measure step by step; what fails is noted, and the rest goes on."""
     results = Results(machine(), dataclasses.asdict(sizes))
-    seconds = sum(step.seconds for _, step in plan)
+    seconds = sum(step.takes(turn) for turn, step in plan)
     with click.progressbar(
         length=int(seconds),
         label="Measuring",
@@ -147,7 +148,6 @@ def measure(plan: Sequence[tuple[int, Step]], sizes: Sizes, output: Path) -> int
     ) as bar:
         for turn, step in plan:
             if turn and not step.again():
-                bar.update(int(step.seconds))
                 continue
             bar.current_item = step
             bar.render_progress()
@@ -162,7 +162,7 @@ def measure(plan: Sequence[tuple[int, Step]], sizes: Sizes, output: Path) -> int
             else:
                 results.add(step, turn, figures, time.monotonic() - begun)
             results.save(output)
-            bar.update(int(step.seconds))
+            bar.update(int(step.takes(turn)))
     click.echo(write(results, output))
     return 1 if results.failures else 0
 

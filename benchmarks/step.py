@@ -18,7 +18,8 @@ class Step:
     :param run: measures it.
     :param seconds: about how long that takes.
     :param rounds: in how many rounds at most.
-    :param again: whether it is worth another round, after the first.
+    :param again: whether it is worth another round, after the first; how likely that is, is in
+        ``odds``.
     """
 
     measure: str
@@ -28,6 +29,11 @@ class Step:
     seconds: float
     rounds: int = 99
     again: Callable[[], bool] = lambda: True
+    odds: float = 1.0
+
+    def takes(self, turn: int) -> float:
+        """Seconds to expect in a round."""
+        return self.seconds * (self.odds if turn else 1.0)
 
     def __str__(self) -> str:
         return ": ".join(filter(None, (self.measure, self.case, self.system)))

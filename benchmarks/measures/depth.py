@@ -61,6 +61,6 @@ def steps(sizes: Sizes, peers: Sequence[System]) -> Iterator[Step]:
             f"{what} {number:,}",
             str(system),
             lambda options=options: depth(system, sizes.depth, sizes.repeats, **options),
-            sum(options.values()) / 80_000 + 3 * sizes.repeats + 2,
+            sum(options.values()) / 180_000 + (1 + sizes.depth / 20_000) * sizes.repeats,
             rounds=1 if number > 2_000_000 else 2,
         )
