@@ -16,7 +16,7 @@ class Sizes:
     #: Time after which a worker has done enough.
     box: float = 4.0
     #: The same for other queues, and tasks for those that turn out to be slow.
-    peers_box: float = 2.5
+    peers_box: float = 2.0
     slow: int = 2_000
     #: Requests, and tasks that are enqueued at once.
     requests: int = 1_000
@@ -35,12 +35,12 @@ class Sizes:
     later: int = 1_000_000
     #: Tasks that are done at such a depth, and how often.
     depth: int = 15_000
-    repeats: int = 3
+    repeats: int = 4
     #: Tasks done while a snapshot is held, each of which leaves two dead rows; and for how long.
     held: int = 150_000
     held_box: float = 20.0
     peers_held: int = 40_000
-    peers_held_box: float = 8.0
+    peers_held_box: float = 6.0
     #: Workers that are idle, and for how long, and how long NOTIFY is sent beside them. They settle
     #: first: a backend with nothing to do may tell what it did before after ten seconds only.
     idle: int = 50

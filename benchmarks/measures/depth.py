@@ -62,5 +62,5 @@ def steps(sizes: Sizes, peers: Sequence[System]) -> Iterator[Step]:
             str(system),
             lambda options=options: depth(system, sizes.depth, sizes.repeats, **options),
             sum(options.values()) / 180_000 + (1 + sizes.depth / 20_000) * sizes.repeats,
-            rounds=1 if number > 2_000_000 else 2,
+            rounds=1,
         )

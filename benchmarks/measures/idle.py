@@ -120,5 +120,5 @@ def steps(sizes: Sizes, peers: Sequence[System]) -> Iterator[Step]:
                 system, number, sizes.settled, sizes.idle_for, sizes.notify_for
             ),
             sizes.settled + sizes.idle_for + 2 * sizes.notify_for + 5,
-            rounds=2 if number > 1 else 1,
+            rounds=1,
         )

@@ -23,5 +23,5 @@ def steps(sizes: Sizes, peers: Sequence[System]) -> Iterator[Step]:
                     system, kind, number, 2 * sizes.box
                 ),
                 sizes.box + 3,
-                rounds=2,
+                rounds=2 if kind == "wait" else 1,
             )

@@ -10,7 +10,7 @@ import click
 from ..sizes import Sizes
 from ..step import Figures, Step
 from ..system import System
-from ..systems.bare import LOOPS, WRITE_LOOPS
+from ..systems.bare import LOOPS, WRITE_LOOPS, StatementLoop
 from ..systems.ours import FlaskBeanQueue
 from ..tally import tally
 from ..worker import Worker
@@ -23,8 +23,8 @@ ONE, FOUR, EIGHT = (
 OURS = {"nothing": (ONE, FOUR), "write": (ONE, FOUR, EIGHT)}
 #: Tasks a second to expect, for the plan.
 EXPECTED = {"nothing": 15_000, "write": 800}
-#: Loops with batches that nobody would choose for speed.
-SMALL = LOOPS[:2]
+#: Loops that no bar asks for.
+BESIDE = (*LOOPS[:3], *(loop for loop in WRITE_LOOPS if isinstance(loop, StatementLoop)))
 #: Tasks a second below which filling a queue with many takes longer than what they tell.
 SLOW = 1_000
 
@@ -93,7 +93,7 @@ def steps(sizes: Sizes, peers: Sequence[System]) -> Iterator[Step]:
                     system, kind, number, sizes.box
                 ),
                 seconds=min(sizes.box, number / EXPECTED[kind]) + 1.5,
-                rounds=1 if system in SMALL else 99,
+                rounds=1 if system in BESIDE else 99,
             )
         contest = Contest(kind, sizes.nothing, sizes.slow, sizes.peers_box)
         for system in peers:

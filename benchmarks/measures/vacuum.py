@@ -88,18 +88,18 @@ def rate_within(points: Sequence[tuple[float, int]], low: float, high: float) ->
 
 
 def steps(sizes: Sizes, peers: Sequence[System]) -> Iterator[Step]:
-    def step(system: System, number: int, box: float) -> Step:
+    def step(system: System, number: int, box: float, rounds: int = 1) -> Step:
         return Step(
             "vacuum",
             "",
             str(system),
             lambda: held(system, number, box, sizes.commits // 2, sizes.box),
             box + 8,
-            rounds=1,
+            rounds=rounds,
         )
 
     for system in (FlaskBeanQueue(), BareLoop(500), FrontLoop(500)):
-        yield step(system, sizes.held, sizes.held_box)
+        yield step(system, sizes.held, sizes.held_box, rounds=1 if isinstance(system, Bare) else 2)
     for peer in peers:
         if peer.store == "PostgreSQL":
             yield step(peer, sizes.peers_held, sizes.peers_held_box)
