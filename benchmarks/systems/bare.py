@@ -21,7 +21,7 @@ from sqlalchemy.dialects.postgresql import psycopg2 as dialect
 from flask_beanqueue.claim import Claim
 from flask_beanqueue.marks import Level
 from flask_beanqueue.models import uuid7
-from flask_beanqueue.queries import milliseconds
+from flask_beanqueue.queries import array, milliseconds
 from flask_beanqueue.writer import LOCK_TIMEOUT
 
 from .. import app as bench
@@ -100,7 +100,7 @@ FRONT = """
         WHERE state = 'PENDING' AND channel = 'bench' AND scheduled_at <= now()
         ORDER BY priority, scheduled_at, id LIMIT %(limit)s
         FOR NO KEY UPDATE SKIP LOCKED))
-    RETURNING CAST(ctid AS text), id, claims
+    RETURNING CAST(ctid AS text), CAST(id AS text), claims
 """
 
 stopping = threading.Event()
@@ -132,7 +132,7 @@ def claim_from(level: Level, worker_id: str, limit: int) -> dict[str, Any]:
         "channels": [level.channel],
         "priorities": [level.priority],
         "ats": [level.at],
-        "ids": [str(level.id)],
+        "ids": [level.id],
         "limit": limit,
     }
 
@@ -140,10 +140,10 @@ def claim_from(level: Level, worker_id: str, limit: int) -> dict[str, Any]:
 def finish_of(rows: list[tuple[Any, ...]]) -> dict[str, Any]:
     """The parameters of the worker's UPDATE to DONE."""
     return {
-        "ctids": [row[0] for row in rows],
-        "ids": [row[1] for row in rows],
-        "claims": [row[2] for row in rows],
-        "results": [None] * len(rows),
+        "ctids": array(f'"{row[0]}"' for row in rows),
+        "ids": array(row[1] for row in rows),
+        "claims": array(str(row[2]) for row in rows),
+        "results": [],
         "lock_timeout": milliseconds(LOCK_TIMEOUT),
     }
 
@@ -230,7 +230,7 @@ def statements(threads: int) -> None:
         def perform(claim: Claim) -> None:
             number = json.loads(claim.arguments)["number"]
             cursor.execute("INSERT INTO bench_rows (number) VALUES (%s)", (number,))
-            cursor.execute(finish, finish_of([(claim.ctid, str(claim.id), claim.claims)]))
+            cursor.execute(finish, finish_of([(claim.ctid, claim.key, claim.claims)]))
             assert cursor.fetchall()
             connection.commit()
 

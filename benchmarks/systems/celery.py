@@ -74,5 +74,14 @@ SYSTEMS: list[System] = [
     ),
     Celery("one process", "--pool", "solo"),
     Celery("one process, alone", "--pool", "solo", *ALONE),
-    Celery("8 threads, prefetch 128, alone", "--pool", "threads", "-c", "8", "--prefetch-multiplier", "128", *ALONE),
+    Celery(
+        "8 threads, prefetch 128, alone",
+        "--pool",
+        "threads",
+        "-c",
+        "8",
+        "--prefetch-multiplier",
+        "128",
+        *ALONE,
+    ),
 ]

@@ -70,5 +70,12 @@ SYSTEMS: list[System] = [
     RQ("a process for each task", "worker"),
     RQ("one process, no log", "worker", *SIMPLE),
     RQ("one process, no results, no log", "worker", *SIMPLE, result_ttl=0),
-    RQ("2 processes, no results, no log", "worker-pool", "--num-workers", "2", *SIMPLE, result_ttl=0),
+    RQ(
+        "2 processes, no results, no log",
+        "worker-pool",
+        "--num-workers",
+        "2",
+        *SIMPLE,
+        result_ttl=0,
+    ),
 ]
