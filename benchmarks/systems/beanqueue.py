@@ -111,5 +111,4 @@ SYSTEMS: list[System] = [
     BeanQueue(),
     BeanQueue("batch 50, no log", log="warning", BATCH_SIZE="50"),
     BeanQueue("batch 1000, no log", log="warning", BATCH_SIZE="1000"),
-    BeanQueue("batch 8, 8 threads, no log", "warning", BATCH_SIZE="8", MAX_WORKER_THREADS="8"),
 ]

@@ -37,8 +37,11 @@ def mark(number: int) -> None:
 
 TASKS = {"nothing": nothing, "write": write, "mark": mark}
 
-#: What its worker does for other workers and for monitors, and here for nobody.
-ALONE = ("--without-gossip", "--without-mingle", "--without-heartbeat")
+#: Without what its worker does for other workers and for monitors, and here for nobody.
+ALONE = (
+    *("--without-gossip", "--without-mingle", "--without-heartbeat"),
+    *("--prefetch-multiplier", "128"),
+)
 
 
 class Celery(RedisSystem):
@@ -68,20 +71,7 @@ class Celery(RedisSystem):
 
 SYSTEMS: list[System] = [
     Celery("2 processes", "--concurrency", "2"),
-    Celery(
-        "2 processes, prefetch 128, alone",
-        *("--concurrency", "2", "--prefetch-multiplier", "128", *ALONE),
-    ),
     Celery("one process", "--pool", "solo"),
-    Celery("one process, alone", "--pool", "solo", *ALONE),
-    Celery(
-        "8 threads, prefetch 128, alone",
-        "--pool",
-        "threads",
-        "-c",
-        "8",
-        "--prefetch-multiplier",
-        "128",
-        *ALONE,
-    ),
+    Celery("8 threads", "--pool", "threads", "--concurrency", "8"),
+    Celery("2 processes, prefetch 128, alone", "--concurrency", "2", *ALONE),
 ]

@@ -1,4 +1,4 @@
-"""Chancy: psycopg 3 on PostgreSQL, claims and completions in batches."""
+"""Chancy: psycopg 3 on PostgreSQL, claims in batches, completions once a second."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 import logging
 import subprocess
 import threading
+from typing import Any
 
 import chancy
 import psycopg
@@ -15,7 +16,10 @@ import psycopg_pool
 from .. import tally
 from ..system import System, clean_database, dsn, execute, run, settle_database
 
-#: What its worker logs, as the queue says it: it knows no other place for settings.
+FAST: dict[str, Any] = {"quiet": True, "eager_polling": True}
+THREADS = chancy.Chancy.Executor.Threaded
+COROUTINES = chancy.Chancy.Executor.Async
+
 log = logging.getLogger("bench.chancy")
 _own = threading.local()
 _pool: psycopg_pool.AsyncConnectionPool | None = None
@@ -79,11 +83,11 @@ class Chancy(System):
 
     name = "Chancy"
 
-    def __init__(self, settings: str = "", *, quiet: bool = False, **queue: object) -> None:
+    def __init__(self, settings: str = "", *, quiet: bool = False, **queue: Any) -> None:
         super().__init__(settings)
         self.quiet = quiet
         self.queue = chancy.Queue("bench", **queue)
-        self.coroutines = self.queue.executor == chancy.Chancy.Executor.Async
+        self.coroutines = self.queue.executor == COROUTINES
 
     def clean(self) -> None:
         clean_database()
@@ -115,28 +119,9 @@ class Chancy(System):
         return int(str(count))
 
 
-FAST = {"quiet": True, "eager_polling": True}
-Executor = chancy.Chancy.Executor
-
 SYSTEMS: list[System] = [
-    Chancy(),
-    Chancy("2 processes, eager polling, no log", **FAST),
-    Chancy(
-        "threads, 20 at once, eager polling, no log",
-        executor=Executor.Threaded,
-        concurrency=20,
-        **FAST,
-    ),
-    Chancy(
-        "coroutines, 100 at once, eager polling, no log",
-        executor=Executor.Async,
-        concurrency=100,
-        **FAST,
-    ),
-    Chancy(
-        "coroutines, 1000 at once, eager polling, no log",
-        executor=Executor.Async,
-        concurrency=1000,
-        **FAST,
-    ),
+    Chancy(),  # 2 tasks every 5 seconds: it looks for more only then.
+    Chancy("20 threads, eager polling, no log", executor=THREADS, concurrency=20, **FAST),
+    Chancy("100 coroutines, eager polling, no log", executor=COROUTINES, concurrency=100, **FAST),
+    Chancy("1000 coroutines, eager polling, no log", executor=COROUTINES, concurrency=1000, **FAST),
 ]

@@ -81,20 +81,21 @@ class HueyOnPostgres(Huey):
     def fill(self, kind: str, number: int) -> None:
         # It has no way to enqueue many: each would be a commit.
         task = TASKS[self.own, kind]
-        with psycopg.connect(dsn()) as connection, connection.cursor() as cursor:
-            with cursor.copy("COPY huey_task (queue, data) FROM STDIN (FORMAT binary)") as copy:
-                copy.set_types(["text", "bytea"])
-                for each in range(number):
-                    copy.write_row(("bench", self.own.serialize_task(task.s(each))))
+        statement = "COPY huey_task (queue, data) FROM STDIN (FORMAT binary)"
+        with psycopg.connect(dsn()) as connection, connection.cursor().copy(statement) as copy:
+            copy.set_types(["text", "bytea"])
+            for each in range(number):
+                copy.write_row(("bench", self.own.serialize_task(task.s(each))))
         settle_database()
 
 
+PROCESSES = ("--worker-type", "process")
+
 SYSTEMS: list[System] = [
     Huey("1 thread"),
-    Huey("1 thread, no log", "--quiet"),
     Huey("8 threads, no log", "--quiet", "--workers", "8"),
-    Huey("2 processes, no log", "--quiet", "--worker-type", "process", "--workers", "2"),
+    Huey("2 processes, no log", "--quiet", *PROCESSES, "--workers", "2"),
     HueyOnPostgres("1 thread"),
     HueyOnPostgres("8 threads, no log", "--quiet", "--workers", "8"),
-    HueyOnPostgres("4 processes, no log", "--quiet", "--worker-type", "process", "--workers", "4"),
+    HueyOnPostgres("4 processes, no log", "--quiet", *PROCESSES, "--workers", "4"),
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import subprocess
 
-import rq
+from rq import Queue, SimpleWorker, Worker
 
 from .. import tally
 from ..redis import RedisSystem, client, url, write_row
@@ -28,8 +28,12 @@ def mark(number: int) -> None:
 TASKS = {"nothing": nothing, "write": write, "mark": mark}
 
 
+__all__ = ["SYSTEMS", "SimpleWorker", "Worker"]
+
+
 class RQ(RedisSystem):
-    """:param arguments: further arguments of its worker.
+    """:param command: ``worker``, or ``worker-pool`` for several.
+    :param arguments: Further arguments of its worker.
     :param options: What its jobs are enqueued with.
     """
 
@@ -42,14 +46,14 @@ class RQ(RedisSystem):
         self.options = options
 
     @functools.cached_property
-    def queue(self) -> rq.Queue:
-        return rq.Queue("bench", connection=client())
+    def queue(self) -> Queue:
+        return Queue("bench", connection=client())
 
     def fill(self, kind: str, number: int) -> None:
         for first in range(0, number, 1000):
             self.queue.enqueue_many(
                 [
-                    rq.Queue.prepare_data(TASKS[kind], args=(each,), **self.options)
+                    Queue.prepare_data(TASKS[kind], args=(each,), **self.options)
                     for each in range(first, min(first + 1000, number))
                 ]
             )
@@ -64,12 +68,14 @@ class RQ(RedisSystem):
         return int(self.queue.count) + int(self.queue.started_job_registry.get_job_count())
 
 
-SIMPLE = ("--worker-class", "rq.SimpleWorker", "--quiet")
+#: The usual worker, which forks for each task. Named here, it has this module before it forks.
+PRELOADED = ("--worker-class", f"{__name__}.Worker")
+SIMPLE = ("--worker-class", f"{__name__}.SimpleWorker", "--quiet")
 
 SYSTEMS: list[System] = [
-    RQ("a process for each task", "worker"),
+    RQ("a process for each task", "worker", *PRELOADED),
     RQ("one process, no log", "worker", *SIMPLE),
-    RQ("one process, no results, no log", "worker", *SIMPLE, result_ttl=0),
+    RQ("2 processes, no log", "worker-pool", "--num-workers", "2", *SIMPLE),
     RQ(
         "2 processes, no results, no log",
         "worker-pool",
