@@ -25,8 +25,13 @@ OURS = {"nothing": (ONE, FOUR), "write": (ONE, FOUR, EIGHT)}
 EXPECTED = {"nothing": 15_000, "write": 800}
 #: Loops that no bar asks for.
 BESIDE = (*LOOPS[:3], *(loop for loop in WRITE_LOOPS if isinstance(loop, StatementLoop)))
-#: Tasks a second below which filling a queue with many takes longer than what they tell.
-SLOW = 1_000
+#: Tasks a second from which on more than a few tasks are worth filling in; and from which on a
+#: system is given as many as ours.
+SLOW, FAST = 1_000, 4_000
+#: Share of the rate of a queue's fastest setting below which another one is not looked at again.
+WORTH = 0.5
+#: Share of the rate of the fastest queue below which one round is enough.
+FAR = 0.1
 
 
 def throughput(system: System, kind: str, number: int, seconds: float) -> Figures:
@@ -46,7 +51,7 @@ def throughput(system: System, kind: str, number: int, seconds: float) -> Figure
 class Contest:
     """Throughput of other queues, with as many tasks as each can be expected to do.
 
-    Some have many settings, of which only the fastest is worth another round.
+    Some have many settings, of which only the fastest is worth more than a short look.
     """
 
     def __init__(self, kind: str, number: int, few: int, seconds: float) -> None:
@@ -57,25 +62,31 @@ class Contest:
         self.rates: dict[System, float] = {}
 
     def measure(self, system: System) -> Figures:
-        known = self.rates.get(system)
-        figures = self._throughput(system, self.few) if known is None or known < SLOW else {}
-        if self.rates[system] >= SLOW and self.number > self.few:
-            # Too few tasks would flatter who claims very many at once.
-            enough = self.number
-            if self.kind != "nothing":
-                enough = min(enough, int(1.5 * self.rates[system] * self.seconds))
-            figures = self._throughput(system, enough)
-        return figures
+        rate = self.rates.get(system, 0.0)
+        if rate < SLOW:
+            figures = self._throughput(system, self.few)
+            rate = self.rates[system]
+            if rate < SLOW or rate < WORTH * self._best(system) or self.few == self.number:
+                return figures
+        # Too few tasks would flatter who claims very many at once, and filling takes its time.
+        enough = int(1.5 * rate * self.seconds)
+        full = self.kind == "nothing" and rate >= FAST
+        return self._throughput(system, self.number if full else min(enough, self.number))
+
+    def goes_on(self, system: System) -> bool:
+        """Whether it is the fastest setting of a queue that is not far behind the others."""
+        rate = self.rates.get(system, -1.0)
+        return rate == self._best(system) and rate >= FAR * max(self.rates.values(), default=0.0)
+
+    def _best(self, system: System) -> float:
+        """The rate of the fastest setting of the same queue, so far."""
+        own = [rate for other, rate in self.rates.items() if other.name == system.name]
+        return max(own, default=0.0)
 
     def _throughput(self, system: System, number: int) -> Figures:
         figures = throughput(system, self.kind, number, self.seconds)
         self.rates[system] = figures["rate"]
         return figures
-
-    def is_fastest(self, system: System) -> bool:
-        """Whether no other setting of the same queue is faster."""
-        own = self.rates.get(system, 0.0)
-        return all(rate <= own for other, rate in self.rates.items() if other.name == system.name)
 
 
 def steps(sizes: Sizes, peers: Sequence[System]) -> Iterator[Step]:
@@ -101,8 +112,8 @@ def steps(sizes: Sizes, peers: Sequence[System]) -> Iterator[Step]:
                 kind,
                 system,
                 lambda system=system, contest=contest: contest.measure(system),
-                seconds=2 * sizes.peers_box + 1,
+                seconds=sizes.peers_box + 3,
                 rounds=2,
                 odds=1 / sum(system.name == each.name for each in peers),
-                again=lambda system=system, contest=contest: contest.is_fastest(system),
+                again=lambda system=system, contest=contest: contest.goes_on(system),
             )
