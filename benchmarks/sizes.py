@@ -16,13 +16,13 @@ class Sizes:
     #: Time after which a worker has done enough.
     box: float = 4.0
     #: The same for other queues, and tasks for those that turn out to be slow.
-    peers_box: float = 2.0
+    peers_box: float = 1.5
     slow: int = 2_000
     #: Requests, and tasks that are enqueued at once.
     requests: int = 1_000
     many: int = 100_000
     #: Times that a bare statement is repeated for.
-    bare: float = 2.0
+    bare: float = 1.5
     #: Commits whose tasks are waited for one by one, and those at a steady rate.
     commits: int = 150
     steady: int = 600
@@ -40,7 +40,7 @@ class Sizes:
     held: int = 150_000
     held_box: float = 20.0
     peers_held: int = 40_000
-    peers_held_box: float = 6.0
+    peers_held_box: float = 5.0
     #: Workers that are idle, and for how long, and how long NOTIFY is sent beside them. They settle
     #: first: a backend with nothing to do may tell what it did before after ten seconds only.
     idle: int = 50
@@ -64,7 +64,7 @@ QUICK = Sizes(
     write=2_000,
     wait=1_500,
     box=3.0,
-    peers_box=2.0,
+    peers_box=1.5,
     slow=1_000,
     requests=400,
     many=50_000,

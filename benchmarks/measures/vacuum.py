@@ -94,7 +94,7 @@ def steps(sizes: Sizes, peers: Sequence[System]) -> Iterator[Step]:
             "",
             str(system),
             lambda: held(system, number, box, sizes.commits // 2, sizes.box),
-            box + 8,
+            box + 6,
             rounds=rounds,
         )
 
