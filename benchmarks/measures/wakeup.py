@@ -65,8 +65,12 @@ def timed(
             committed[number] = commit
         if rate is None:
             arrival(worker, number)
-    arrivals = {number: arrival(worker, number) for number in called}
+    # Who cannot keep up is not waited for: its last tasks count as if they ran at the end.
+    worker.wait(lambda: all(tally().time_of(each) for each in called), seconds)
+    end = time.monotonic()
+    arrivals = {number: tally().time_of(number) or end for number in called}
     figures = spread([arrivals[number] - called[number] for number in called])
+    figures["missing"] = sum(tally().time_of(number) is None for number in called)
     if committed:
         after = spread([arrivals[number] - committed[number] for number in committed])
         figures |= {f"commit_{name}": after[name] for name in after}
