@@ -13,6 +13,8 @@ from .tally import Sum, tally
 
 #: Seconds that a worker may take to start its first task.
 START = 30.0
+#: Seconds that it may take to end.
+END = 15.0
 #: Seconds between two looks at what the tasks have told.
 GLANCE = 0.01
 
@@ -36,7 +38,7 @@ class Worker:
             process.send_signal(signal.SIGTERM)
         for process in self.processes:
             try:
-                process.wait(30)
+                process.wait(END)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
