@@ -265,10 +265,11 @@ def write(
 
 def write_one(queries: Queries, connection: Connection, outcome: Outcome) -> bool:
     """Write one outcome wherever its row is, and tell whether the claim held."""
-    return bool(
-        write(queries, connection, [outcome])
-        or (outcome.moved and write(queries, connection, [outcome]))
-    )
+    if outcome.is_plain:
+        if queries.finish_one(connection, outcome.claim, outcome.result):
+            return True
+        outcome.moved = True
+    return bool(write(queries, connection, [outcome]))
 
 
 def tells_success() -> bool:

@@ -152,6 +152,15 @@ class Queries:
             RETURNING CAST(t.id AS text)
         """)
 
+        # The same for the one task whose transaction this is: planned in a quarter of the time.
+        self._finish_one = self._text("""
+            UPDATE {tasks} SET state = 'DONE', attempts = attempts + 1,
+                result = COALESCE(CAST(:result AS jsonb), result), error_message = NULL,
+                unknown_since = NULL, finished_at = clock_timestamp()
+            WHERE ctid = CAST(:ctid AS tid) AND id = CAST(:id AS uuid) AND claims = :claims
+              AND state || '' = 'PROCESSING'
+        """)
+
         # Every other outcome, with its event and, where the task waits again, its NOTIFY. By id,
         # for these are few; and as JSON, for they have many parts. It is also the second chance of
         # a row that has moved since its claim.
@@ -374,6 +383,15 @@ class Queries:
             },
         )
         return set(keys.all())
+
+    def finish_one(self, connection: Connection, claim: Claim, result: str | None) -> bool:
+        """Mark one claimed task DONE in the transaction at hand, and tell whether its row was still
+        where it was, and still claimed."""
+        done = connection.execute(
+            self._finish_one,
+            {"ctid": claim.ctid, "id": claim.key, "claims": claim.claims, "result": result},
+        )
+        return done.rowcount == 1
 
     def settle(
         self,

@@ -154,6 +154,30 @@ def test_a_row_that_has_moved_is_missed_by_finish_and_then_found_by_its_id(
     assert query(database_url, "SELECT count(*) FROM bq_events") == [(0,)]
 
 
+def test_finish_one_is_fenced_as_finish_is(
+    bq: BeanQueue, connection: Connection, take_all: TakeAll, database_url: str
+) -> None:
+    """By where the row is, its id, the number of its claim, and its state."""
+    for _ in range(2):
+        make(database_url)
+    claim, other = take_all()
+
+    def wrong(**changes: Any) -> bool:
+        return bq.queries.finish_one(connection, dataclasses.replace(claim, **changes), None)
+
+    assert not wrong(ctid=other.ctid)
+    assert not wrong(key=other.key)
+    assert not wrong(claims=claim.claims + 1)
+    assert task(database_url, claim.id) == (claim.ctid, "PROCESSING", 1)
+    assert bq.queries.finish_one(connection, claim, "[1]")
+    assert query(database_url, "SELECT state, result FROM bq_tasks ORDER BY id") == [
+        ("DONE", [1]),
+        ("PROCESSING", None),
+    ]
+    ctid, *_ = task(database_url, claim.id)
+    assert not wrong(ctid=ctid)  # it has ended
+
+
 def test_finish_ends_the_tasks_that_are_still_claimed_and_names_them(
     bq: BeanQueue, connection: Connection, take_all: TakeAll, database_url: str
 ) -> None:

@@ -212,7 +212,7 @@ def session(threads: int) -> None:
         with app.app_context():
             db.session.add(bench.Row(number=claim.kwargs["number"]))
             db.session.flush()
-            assert bq.queries.finish(db.session.connection(), [(claim, None)])
+            assert bq.queries.finish_one(db.session.connection(), claim, None)
             db.session.commit()
 
     with app.app_context():
@@ -221,7 +221,7 @@ def session(threads: int) -> None:
 
 
 def statements(threads: int) -> None:
-    finish = compiled(bench.bq.queries._finish)
+    finish = compiled(bench.bq.queries._finish_one)
 
     def each() -> Iterator[Callable[[Claim], None]]:
         connection = connect(autocommit=False)
@@ -230,8 +230,9 @@ def statements(threads: int) -> None:
         def perform(claim: Claim) -> None:
             number = json.loads(claim.arguments)["number"]
             cursor.execute("INSERT INTO bench_rows (number) VALUES (%s)", (number,))
-            cursor.execute(finish, finish_of([(claim.ctid, claim.key, claim.claims)]))
-            assert cursor.fetchall()
+            parameters = {"ctid": claim.ctid, "id": claim.key, "claims": claim.claims}
+            cursor.execute(finish, {**parameters, "result": None})
+            assert cursor.rowcount == 1
             connection.commit()
 
         yield perform
