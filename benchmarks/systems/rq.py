@@ -34,16 +34,14 @@ __all__ = ["SYSTEMS", "SimpleWorker", "Worker"]
 class RQ(RedisSystem):
     """:param command: ``worker``, or ``worker-pool`` for several.
     :param arguments: Further arguments of its worker.
-    :param options: What its jobs are enqueued with.
     """
 
     name = "RQ"
 
-    def __init__(self, settings: str, command: str, *arguments: str, **options: object) -> None:
+    def __init__(self, settings: str, command: str, *arguments: str) -> None:
         super().__init__(settings)
         self.command = command
         self.arguments = arguments
-        self.options = options
 
     @functools.cached_property
     def queue(self) -> Queue:
@@ -53,13 +51,13 @@ class RQ(RedisSystem):
         for first in range(0, number, 1000):
             self.queue.enqueue_many(
                 [
-                    Queue.prepare_data(TASKS[kind], args=(each,), **self.options)
+                    Queue.prepare_data(TASKS[kind], args=(each,))
                     for each in range(first, min(first + 1000, number))
                 ]
             )
 
     def enqueue(self, kind: str, number: int) -> None:
-        self.queue.enqueue_call(TASKS[kind], args=(number,), **self.options)
+        self.queue.enqueue_call(TASKS[kind], args=(number,))
 
     def start(self) -> subprocess.Popen[bytes]:
         return run("rq.cli", self.command, "--url", url(), *self.arguments, "bench")
@@ -76,12 +74,4 @@ SYSTEMS: list[System] = [
     RQ("a process for each task", "worker", *PRELOADED),
     RQ("one process, no log", "worker", *SIMPLE),
     RQ("2 processes, no log", "worker-pool", "--num-workers", "2", *SIMPLE),
-    RQ(
-        "2 processes, no results, no log",
-        "worker-pool",
-        "--num-workers",
-        "2",
-        *SIMPLE,
-        result_ttl=0,
-    ),
 ]
