@@ -11,11 +11,17 @@ import sqlalchemy as sa
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
-from flask_beanqueue import BeanQueue, current_task
+from flask_beanqueue import BeanQueue, current_task, outcome
 
 Work = Callable[..., None]
 
 KILL = sa.text("SELECT pg_terminate_backend(pg_backend_pid())")
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine must not find the task due again before the burst has ended."""
+    monkeypatch.setattr(outcome, "INTERRUPTION_DELAY", outcome.LONGEST_INTERRUPTION_DELAY)
 
 
 @pytest.fixture
@@ -91,6 +97,7 @@ def test_each_interruption_is_followed_by_a_longer_pause(
     assert round((event.scheduled_at - event.created_at).total_seconds()) == seconds
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_task_that_is_always_interrupted_fails_in_the_end(
     app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work, only_task: Callable[[], Any]
 ) -> None:
@@ -106,6 +113,7 @@ def test_a_task_that_is_always_interrupted_fails_in_the_end(
     assert [event.type for event in task.events] == ["INTERRUPTED"]
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_task_that_cannot_connect_is_interrupted_too(
     app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work, only_task: Callable[[], Any]
 ) -> None:
@@ -128,6 +136,7 @@ def test_a_task_that_cannot_connect_is_interrupted_too(
     assert task.error_message.endswith("OperationalError: sorry, too many clients already")
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_processor_that_wraps_the_loss_is_interrupted_too(
     app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work, only_task: Callable[[], Any]
 ) -> None:
@@ -143,6 +152,7 @@ def test_a_processor_that_wraps_the_loss_is_interrupted_too(
     assert only_task().interruptions == 1
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_processor_that_swallows_the_loss_is_interrupted_too(
     app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work, only_task: Callable[[], Any]
 ) -> None:
@@ -159,6 +169,7 @@ def test_a_processor_that_swallows_the_loss_is_interrupted_too(
     assert (task.state, task.interruptions) == ("PENDING", 1)
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_processor_that_recovers_from_the_loss_is_done(
     app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work, only_task: Callable[[], Any]
 ) -> None:
@@ -175,6 +186,7 @@ def test_a_processor_that_recovers_from_the_loss_is_done(
     assert (task.state, task.interruptions, task.attempts) == ("DONE", 0, 1)
 
 
+@pytest.mark.usefixtures("patient")
 def test_what_a_processor_raises_after_it_recovered_is_a_failure(
     app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work, only_task: Callable[[], Any]
 ) -> None:
@@ -191,6 +203,7 @@ def test_what_a_processor_raises_after_it_recovered_is_a_failure(
     assert (task.state, task.error_message) == ("FAILED", "ValueError: the task's own doing")
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("loses", [True, False])
 def test_an_exception_that_is_its_own_cause_is_a_failure(
     app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work, only_task: Callable[[], Any], loses: bool
@@ -211,6 +224,7 @@ def test_an_exception_that_is_its_own_cause_is_a_failure(
     assert only_task().error_message == "ValueError: odd"
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_retry_policy_that_loses_the_connection_is_interrupted(
     app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work, only_task: Callable[[], Any]
 ) -> None:
@@ -224,6 +238,7 @@ def test_a_retry_policy_that_loses_the_connection_is_interrupted(
     assert (task.state, task.interruptions) == ("PENDING", 1)
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_commit_whose_answer_is_lost_is_not_called_rolled_back(
     app: Flask,
     db: SQLAlchemy,
@@ -255,6 +270,7 @@ def test_a_commit_whose_answer_is_lost_is_not_called_rolled_back(
     assert "rolled back" not in caplog.text
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("lives", [True, False])
 def test_losing_another_database_is_a_failure(
     app: Flask,
@@ -279,6 +295,7 @@ def test_losing_another_database_is_a_failure(
     assert (task.state, task.attempts, task.interruptions) == ("FAILED", 1, 0)
 
 
+@pytest.mark.usefixtures("patient")
 def test_an_error_of_the_database_is_told_without_the_statement_and_its_values(
     app: Flask,
     db: SQLAlchemy,
