@@ -11,8 +11,10 @@ import psycopg2
 
 #: The kinds of tasks. ``nothing`` tells the tally that it runs, and returns; ``write`` does so too,
 #: after it has written a row of ``bench_rows`` in a transaction, as the system's documents advise;
-#: ``mark`` tells when it runs; ``wait``, which only this queue has, sleeps for 5 ms.
-KINDS = ("nothing", "write", "mark", "wait")
+#: ``session`` writes it through Flask-SQLAlchemy's session in an app context, whatever the system
+#: (:mod:`benchmarks.plain`), or through the session that the system hands its tasks, which is then
+#: its ``write``; ``mark`` tells when it runs; ``wait``, which only this queue has, sleeps for 5 ms.
+KINDS = ("nothing", "write", "session", "mark", "wait")
 
 #: The table that tasks write to.
 ROWS = "CREATE TABLE bench_rows (id serial PRIMARY KEY, number int NOT NULL)"

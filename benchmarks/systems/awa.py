@@ -16,6 +16,7 @@ import sqlalchemy as sa
 import uvloop
 
 from .. import tally
+from ..plain import add_row_in_thread
 from ..system import System, clean_database, dsn, execute, run, settle_database
 
 QUEUE = "bench"
@@ -32,11 +33,16 @@ class Write:
 
 
 @dataclasses.dataclass
+class Session:
+    number: int
+
+
+@dataclasses.dataclass
 class Mark:
     number: int
 
 
-KINDS = {"nothing": Nothing, "write": Write, "mark": Mark}
+KINDS = {"nothing": Nothing, "write": Write, "session": Session, "mark": Mark}
 
 
 def url() -> str:
@@ -61,6 +67,11 @@ async def work(workers: int) -> None:
     async def write(job: awa.Job[Write]) -> None:
         async with pool.acquire() as connection, connection.transaction():
             await connection.execute("INSERT INTO bench_rows (number) VALUES ($1)", job.args.number)
+        tally.tick()
+
+    @client.task(Session, queue=QUEUE)
+    async def session(job: awa.Job[Session]) -> None:
+        await add_row_in_thread(job.args.number)
         tally.tick()
 
     @client.task(Mark, queue=QUEUE)

@@ -52,7 +52,8 @@ def mark(number: int) -> None:
     tally.mark(number)
 
 
-PROCESSORS = {"nothing": nothing, "write": write, "mark": mark}
+#: It hands a session to its tasks, which is what an app uses.
+PROCESSORS = {"nothing": nothing, "write": write, "session": write, "mark": mark}
 
 
 class BeanQueue(System):
@@ -70,6 +71,7 @@ class BeanQueue(System):
         Base.metadata.create_all(app.engine)
 
     def fill(self, kind: str, number: int) -> None:
+        name = PROCESSORS[kind].run().func_name
         with app.make_session() as session:
             session.execute(
                 sa.insert(bq.Task),
@@ -77,7 +79,7 @@ class BeanQueue(System):
                     {
                         "channel": "bench",
                         "module": MODULE,
-                        "func_name": kind,
+                        "func_name": name,
                         "kwargs": {"number": each},
                     }
                     for each in range(number)

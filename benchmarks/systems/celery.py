@@ -7,6 +7,7 @@ import subprocess
 import celery
 
 from .. import tally
+from ..plain import add_row
 from ..redis import RedisSystem, client, url, write_row
 from ..system import System, run
 
@@ -31,11 +32,17 @@ def write(number: int) -> None:
 
 
 @app.task
+def session(number: int) -> None:
+    add_row(number)
+    tally.tick()
+
+
+@app.task
 def mark(number: int) -> None:
     tally.mark(number)
 
 
-TASKS = {"nothing": nothing, "write": write, "mark": mark}
+TASKS = {"nothing": nothing, "write": write, "session": session, "mark": mark}
 
 #: Without what its worker does for other workers and for monitors, and here for nobody.
 ALONE = (

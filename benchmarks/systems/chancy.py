@@ -14,6 +14,7 @@ import psycopg
 import psycopg_pool
 
 from .. import tally
+from ..plain import add_row, add_row_in_thread
 from ..system import System, clean_database, dsn, execute, run, settle_database
 
 FAST: dict[str, Any] = {"quiet": True, "eager_polling": True}
@@ -51,6 +52,12 @@ def write(*, number: int) -> None:
 
 
 @chancy.job(queue="bench")
+def session(*, number: int) -> None:
+    add_row(number)
+    tally.tick()
+
+
+@chancy.job(queue="bench")
 def mark(*, number: int) -> None:
     tally.mark(number)
 
@@ -68,6 +75,12 @@ async def write_async(*, number: int) -> None:
         await _pool.open()
     async with _pool.connection() as connection:
         await connection.execute("INSERT INTO bench_rows (number) VALUES (%s)", (number,))
+    tally.tick()
+
+
+@chancy.job(queue="bench")
+async def session_async(*, number: int) -> None:
+    await add_row_in_thread(number)
     tally.tick()
 
 

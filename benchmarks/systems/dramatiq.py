@@ -8,6 +8,7 @@ import dramatiq
 from dramatiq.brokers.redis import RedisBroker
 
 from .. import tally
+from ..plain import add_row
 from ..redis import RedisSystem, client, url, write_row
 from ..system import System, run
 
@@ -27,11 +28,17 @@ def write(number: int) -> None:
 
 
 @dramatiq.actor
+def session(number: int) -> None:
+    add_row(number)
+    tally.tick()
+
+
+@dramatiq.actor
 def mark(number: int) -> None:
     tally.mark(number)
 
 
-ACTORS = {"nothing": nothing, "write": write, "mark": mark}
+ACTORS = {"nothing": nothing, "write": write, "session": session, "mark": mark}
 
 
 class Dramatiq(RedisSystem):

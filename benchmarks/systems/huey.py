@@ -9,6 +9,7 @@ import huey
 import psycopg
 
 from .. import tally
+from ..plain import add_row
 from ..redis import RedisSystem, url, write_row
 from ..system import System, clean_database, dsn, run, settle_database
 
@@ -25,6 +26,11 @@ def write(number: int) -> None:
     tally.tick()
 
 
+def session(number: int) -> None:
+    add_row(number)
+    tally.tick()
+
+
 def mark(number: int) -> None:
     tally.mark(number)
 
@@ -32,7 +38,7 @@ def mark(number: int) -> None:
 TASKS = {
     (own, each.__name__): own.task()(each)
     for own in (on_redis, on_postgres)
-    for each in (nothing, write, mark)
+    for each in (nothing, write, session, mark)
 }
 
 

@@ -18,6 +18,7 @@ from pgqueuer.models import Context, Job
 from pgqueuer.queries import SyncQueries
 
 from .. import tally
+from ..plain import add_row_in_thread
 from ..system import System, clean_database, dsn, execute, run, settle_database
 
 
@@ -35,6 +36,11 @@ async def worker() -> AsyncIterator[pgqueuer.PgQueuer]:
     async def write(job: Job, context: Context) -> None:
         async with context.resources["pool"].acquire() as own, own.transaction():
             await own.execute("INSERT INTO bench_rows (number) VALUES ($1)", number_of(job))
+        tally.tick()
+
+    @manager.entrypoint("session")
+    async def session(job: Job) -> None:
+        await add_row_in_thread(number_of(job))
         tally.tick()
 
     @manager.entrypoint("mark")

@@ -10,6 +10,7 @@ import psycopg
 import psycopg_pool
 
 from .. import tally
+from ..plain import add_row, add_row_in_thread
 from ..system import System, clean_database, dsn, execute, run, settle_database
 
 #: As many as the worker's own pool has, which serves claims and completions.
@@ -37,6 +38,12 @@ def write(number: int) -> None:
 
 
 @app.task
+def session(number: int) -> None:
+    add_row(number)
+    tally.tick()
+
+
+@app.task
 def mark(number: int) -> None:
     tally.mark(number)
 
@@ -56,6 +63,12 @@ async def write_async(number: int) -> None:
         await _pool.open()
     async with _pool.connection() as connection:
         await connection.execute("INSERT INTO bench_rows (number) VALUES (%s)", (number,))
+    tally.tick()
+
+
+@app.task
+async def session_async(number: int) -> None:
+    await add_row_in_thread(number)
     tally.tick()
 
 

@@ -8,6 +8,7 @@ import subprocess
 from rq import Queue, SimpleWorker, Worker
 
 from .. import tally
+from ..plain import add_row
 from ..redis import RedisSystem, client, url, write_row
 from ..system import System, run
 
@@ -21,11 +22,16 @@ def write(number: int) -> None:
     tally.tick()
 
 
+def session(number: int) -> None:
+    add_row(number)
+    tally.tick()
+
+
 def mark(number: int) -> None:
     tally.mark(number)
 
 
-TASKS = {"nothing": nothing, "write": write, "mark": mark}
+TASKS = {"nothing": nothing, "write": write, "session": session, "mark": mark}
 
 
 __all__ = ["SYSTEMS", "SimpleWorker", "Worker"]
