@@ -22,6 +22,7 @@ MET = {True: "yes", False: "**no**", None: "not measured"}
 COLUMNS = (
     ("nothing /s", "throughput", "nothing", "rate", 1),
     ("write /s", "throughput", "write", "rate", 1),
+    ("write through db.session /s", "throughput", "session", "rate", 1),
     ("wake-up idle, p50 ms", "wakeup", "idle", "p50", 1000),
     ("p99", "wakeup", "idle", "p99", 1000),
     ("at 200/s, p50 ms", "wakeup", "200 commits/s", "p50", 1000),
@@ -29,6 +30,12 @@ COLUMNS = (
     ("held snapshot: beginning /s", "vacuum", "", "beginning", 1),
     ("end /s", "vacuum", "", "end", 1),
 )
+#: The plots of throughput.
+TITLES = {
+    "nothing": "do nothing",
+    "write": "write a row",
+    "session": "write a row through db.session",
+}
 
 
 def markdown(results: Results) -> str:
@@ -39,7 +46,8 @@ def markdown(results: Results) -> str:
             "\n## Bars\n",
             *rows(("bar", "wanted", "measured", "met"), bars(results)),
             "\n## Systems\n",
-            "Medians of the rounds. Wake-ups here count from the call that enqueues.\n",
+            "Medians of the rounds. Wake-ups here count from the call that enqueues. Other queues"
+            " write a row over a driver of their own, and through db.session, as this one does.\n",
             *rows(("system", *(heading for heading, *_ in COLUMNS)), systems(results)),
             "\n## All figures\n",
             *rows(("measure", "case", "system", "figure", "median", "from", "to"), all_(results)),
@@ -78,10 +86,15 @@ def systems(results: Results) -> Iterator[tuple[str, ...]]:
     )
     for name in names:
         values = [
-            (results.median(measure, case, name, figure), factor)
+            (results.median(measure, own(measure, case, name), name, figure), factor)
             for _, measure, case, figure, factor in COLUMNS
         ]
         yield name, *("" if value is None else number(value * by) for value, by in values)
+
+
+def own(measure: str, case: str, system: str) -> str:
+    """The case that a system has: ours writes through the session and no other way."""
+    return "write" if (measure, case) == ("throughput", "session") and is_ours(system) else case
 
 
 def all_(results: Results) -> Iterator[tuple[str, ...]]:
@@ -143,22 +156,26 @@ def color(system: str) -> str:
 def fastest(results: Results, case: str) -> dict[str, float]:
     """Rates by system; of another queue only that of its fastest setting."""
     rates: dict[str, float] = {}
-    for system in results.systems("throughput", case):
+    names = results.systems("throughput", case)
+    if case == "session":
+        names = [*filter(is_ours, results.systems("throughput", "write")), *names]
+    for system in names:
         label = system.partition(" (")[0] if is_peer(system) else system
-        rate = results.median("throughput", case, system, "rate") or 0.0
+        rate = results.median("throughput", own("throughput", case, system), system, "rate") or 0.0
         rates[label] = max(rate, rates.get(label, 0.0))
     return rates
 
 
 def draw_throughput(results: Results, figure: Any) -> bool:
-    cases = [case for case in ("nothing", "write") if results.systems("throughput", case)]
+    cases = [case for case in TITLES if results.systems("throughput", case)]
+    figure.set_figwidth(4 * max(len(cases), 2))
     for position, case in enumerate(cases):
         axes = figure.add_subplot(1, len(cases), position + 1)
         rates = dict(reversed(fastest(results, case).items()))
         axes.barh(list(rates), list(rates.values()), color=[color(each) for each in rates])
         axes.tick_params(labelsize=7)
         axes.set_xlabel("tasks per second")
-        axes.set_title({"nothing": "do nothing", "write": "write a row"}[case])
+        axes.set_title(TITLES[case])
     return bool(cases)
 
 

@@ -147,7 +147,7 @@ def measure(plan: Sequence[tuple[int, Step]], sizes: Sizes, output: Path) -> int
         file=sys.stderr,
     ) as bar:
         for turn, step in plan:
-            if turn and not step.again():
+            if not step.worth(turn):
                 continue
             bar.current_item = step
             bar.render_progress()

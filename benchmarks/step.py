@@ -18,8 +18,9 @@ class Step:
     :param run: measures it.
     :param seconds: about how long that takes.
     :param rounds: in how many rounds at most.
-    :param again: whether it is worth another round, after the first; how likely that is, is in
-        ``odds``.
+    :param worth: whether it is worth measuring in a round, 0 being the first, when all that comes
+        before has been measured.
+    :param odds: how likely that is in the first round, and in each other one.
     """
 
     measure: str
@@ -28,12 +29,12 @@ class Step:
     run: Callable[[], Figures]
     seconds: float
     rounds: int = 99
-    again: Callable[[], bool] = lambda: True
-    odds: float = 1.0
+    worth: Callable[[int], bool] = lambda turn: True
+    odds: tuple[float, float] = (1.0, 1.0)
 
     def takes(self, turn: int) -> float:
         """Seconds to expect in a round."""
-        return self.seconds * (self.odds if turn else 1.0)
+        return self.seconds * self.odds[turn > 0]
 
     def __str__(self) -> str:
         return ": ".join(filter(None, (self.measure, self.case, self.system)))
