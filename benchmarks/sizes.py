@@ -40,7 +40,7 @@ class Sizes:
     held: int = 150_000
     held_box: float = 20.0
     peers_held: int = 40_000
-    peers_held_box: float = 5.0
+    peers_held_box: float = 3.5
     #: Workers that are idle, and for how long, and how long NOTIFY is sent beside them. They settle
     #: first: a backend with nothing to do may tell what it did before after ten seconds only.
     idle: int = 50

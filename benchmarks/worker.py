@@ -14,7 +14,7 @@ from .tally import Sum, tally
 #: Seconds that a worker may take to start its first task.
 START = 30.0
 #: Seconds that it may take to end.
-END = 15.0
+END = 8.0
 #: Seconds between two looks at what the tasks have told.
 GLANCE = 0.01
 

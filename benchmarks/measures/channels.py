@@ -57,7 +57,7 @@ def steps(sizes: Sizes, peers: Sequence[System]) -> Iterator[Step]:
             f"channels {number}, workers {sizes.workers}",
             str(system),
             lambda number=number: channels(system, sizes.shared, number, sizes.workers),
-            0.5 * sizes.workers + sizes.shared / 20_000 + 2,
+            0.2 * sizes.workers + sizes.shared / 25_000 + 2,
             rounds=2,
         )
     for number in (1, 10):
@@ -66,6 +66,6 @@ def steps(sizes: Sizes, peers: Sequence[System]) -> Iterator[Step]:
             f"priorities {number}",
             str(system),
             lambda number=number: priorities(system, sizes.shared, number),
-            sizes.shared / 15_000 + 2,
+            sizes.shared / 25_000 + 1,
             rounds=2,
         )

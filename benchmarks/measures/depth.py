@@ -61,6 +61,6 @@ def steps(sizes: Sizes, peers: Sequence[System]) -> Iterator[Step]:
             f"{what} {number:,}",
             str(system),
             lambda options=options: depth(system, sizes.depth, sizes.repeats, **options),
-            sum(options.values()) / 180_000 + (1 + sizes.depth / 20_000) * sizes.repeats,
+            sum(options.values()) / 180_000 + (0.7 + sizes.depth / 25_000) * sizes.repeats,
             rounds=1,
         )

@@ -105,7 +105,8 @@ def escaped(text: str) -> str:
 
 def steps(sizes: Sizes, peers: Sequence[System]) -> Iterator[Step]:
     def step(case: str, system: str, run: Callable[[], Figures]) -> Step:
-        return Step("enqueue", case, system, run, 1 + sizes.many / 50_000, rounds=2)
+        seconds = sizes.requests / 200 if case == "request" else sizes.many / 100_000
+        return Step("enqueue", case, system, run, seconds + 0.5, rounds=2)
 
     ours = str(FlaskBeanQueue())
     yield step("request", ours, lambda: requests(sizes.requests))

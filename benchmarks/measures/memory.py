@@ -81,7 +81,7 @@ def steps(sizes: Sizes, peers: Sequence[System]) -> Iterator[Step]:
         "worker",
         str(system),
         lambda: memory(system, sizes.memory, sizes.memory_box),
-        sizes.memory / 14_000 + 5,
+        sizes.memory / 25_000 + 5,
         rounds=1,
     )
     yield Step(
@@ -89,6 +89,6 @@ def steps(sizes: Sizes, peers: Sequence[System]) -> Iterator[Step]:
         "import",
         system.name,
         lambda: import_time(sizes.imports),
-        sizes.imports,
+        0.5 * sizes.imports,
         rounds=1,
     )

@@ -22,6 +22,6 @@ def steps(sizes: Sizes, peers: Sequence[System]) -> Iterator[Step]:
                 lambda system=system, kind=kind, number=number: throughput(
                     system, kind, number, 2 * sizes.box
                 ),
-                sizes.box + 3,
+                sizes.box + 1,
                 rounds=2 if kind == "wait" else 1,
             )

@@ -88,18 +88,20 @@ def rate_within(points: Sequence[tuple[float, int]], low: float, high: float) ->
 
 
 def steps(sizes: Sizes, peers: Sequence[System]) -> Iterator[Step]:
-    def step(system: System, number: int, box: float, rounds: int = 1) -> Step:
+    def step(system: System, number: int, box: float, seconds: float, rounds: int = 1) -> Step:
         return Step(
             "vacuum",
             "",
             str(system),
             lambda: held(system, number, box, sizes.commits // 2, sizes.box),
-            box + 6,
+            seconds,
             rounds=rounds,
         )
 
     for system in (FlaskBeanQueue(), BareLoop(500), FrontLoop(500)):
-        yield step(system, sizes.held, sizes.held_box, rounds=1 if isinstance(system, Bare) else 2)
+        rounds, more = (1, 2) if isinstance(system, Bare) else (2, 7)
+        seconds = min(sizes.held_box, sizes.held / 20_000) + more
+        yield step(system, sizes.held, sizes.held_box, seconds, rounds)
     for peer in peers:
         if peer.store == "PostgreSQL":
-            yield step(peer, sizes.peers_held, sizes.peers_held_box)
+            yield step(peer, sizes.peers_held, sizes.peers_held_box, sizes.peers_held_box + 8)

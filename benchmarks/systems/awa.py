@@ -139,7 +139,6 @@ SYSTEMS: list[System] = [
     Awa(),
     Awa("200 at once", workers=200),
     Awa("200 at once, queue storage", workers=200, queue_storage=True),
-    Awa("1000 at once, queue storage", workers=1000, queue_storage=True),
 ]
 
 if __name__ == "__main__":

@@ -111,6 +111,5 @@ class BeanQueue(System):
 
 SYSTEMS: list[System] = [
     BeanQueue(),
-    BeanQueue("batch 50, no log", log="warning", BATCH_SIZE="50"),
     BeanQueue("batch 1000, no log", log="warning", BATCH_SIZE="1000"),
 ]

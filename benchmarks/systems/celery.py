@@ -44,12 +44,6 @@ def mark(number: int) -> None:
 
 TASKS = {"nothing": nothing, "write": write, "session": session, "mark": mark}
 
-#: Without what its worker does for other workers and for monitors, and here for nobody.
-ALONE = (
-    *("--without-gossip", "--without-mingle", "--without-heartbeat"),
-    *("--prefetch-multiplier", "128"),
-)
-
 
 class Celery(RedisSystem):
     """:param worker: further arguments of its worker."""
@@ -79,6 +73,4 @@ class Celery(RedisSystem):
 SYSTEMS: list[System] = [
     Celery("2 processes", "--concurrency", "2"),
     Celery("one process", "--pool", "solo"),
-    Celery("8 threads", "--pool", "threads", "--concurrency", "8"),
-    Celery("2 processes, prefetch 128, alone", "--concurrency", "2", *ALONE),
 ]

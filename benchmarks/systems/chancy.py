@@ -18,7 +18,6 @@ from ..plain import add_row, add_row_in_thread
 from ..system import System, clean_database, dsn, execute, run, settle_database
 
 FAST: dict[str, Any] = {"quiet": True, "eager_polling": True}
-THREADS = chancy.Chancy.Executor.Threaded
 COROUTINES = chancy.Chancy.Executor.Async
 
 log = logging.getLogger("bench.chancy")
@@ -134,7 +133,5 @@ class Chancy(System):
 
 SYSTEMS: list[System] = [
     Chancy(),  # 2 tasks every 5 seconds: it looks for more only then.
-    Chancy("20 threads, eager polling, no log", executor=THREADS, concurrency=20, **FAST),
-    Chancy("100 coroutines, eager polling, no log", executor=COROUTINES, concurrency=100, **FAST),
     Chancy("1000 coroutines, eager polling, no log", executor=COROUTINES, concurrency=1000, **FAST),
 ]

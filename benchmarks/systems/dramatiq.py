@@ -73,8 +73,5 @@ class Dramatiq(RedisSystem):
 
 SYSTEMS: list[System] = [
     Dramatiq("2 processes, 8 threads each", processes=2, threads=8),
-    Dramatiq("one process, 8 threads", processes=1, threads=8),
-    Dramatiq("one process, 1 thread, prefetch 1000", processes=1, threads=1, prefetch=1000),
-    Dramatiq("one process, 8 threads, prefetch 1000", processes=1, threads=8, prefetch=1000),
     Dramatiq("2 processes, 4 threads each, prefetch 1000", processes=2, threads=4, prefetch=1000),
 ]

@@ -102,6 +102,5 @@ SYSTEMS: list[System] = [
     Huey("8 threads, no log", "--quiet", "--workers", "8"),
     Huey("2 processes, no log", "--quiet", *PROCESSES, "--workers", "2"),
     HueyOnPostgres("1 thread"),
-    HueyOnPostgres("8 threads, no log", "--quiet", "--workers", "8"),
     HueyOnPostgres("4 processes, no log", "--quiet", *PROCESSES, "--workers", "4"),
 ]

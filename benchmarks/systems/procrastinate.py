@@ -122,15 +122,11 @@ class Procrastinate(System):
         return int(str(count))
 
 
-TWENTY = ("--concurrency", "20")
-
 SYSTEMS: list[System] = [
     Procrastinate(),
-    Procrastinate("concurrency 20, no log", *TWENTY, log="warning"),
-    Procrastinate("coroutines, concurrency 20, no log", *TWENTY, log="warning", coroutines=True),
     Procrastinate(
         "coroutines, concurrency 20, done jobs deleted, no log",
-        *(*TWENTY, "--delete-jobs", "always"),
+        *("--concurrency", "20", "--delete-jobs", "always"),
         log="warning",
         coroutines=True,
     ),

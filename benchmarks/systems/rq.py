@@ -78,6 +78,5 @@ SIMPLE = ("--worker-class", f"{__name__}.SimpleWorker", "--quiet")
 
 SYSTEMS: list[System] = [
     RQ("a process for each task", "worker", *PRELOADED),
-    RQ("one process, no log", "worker", *SIMPLE),
     RQ("2 processes, no log", "worker-pool", "--num-workers", "2", *SIMPLE),
 ]
