@@ -34,7 +34,7 @@ COLUMNS = (
 TITLES = {
     "nothing": "do nothing",
     "write": "write a row",
-    "session": "write a row through db.session",
+    "session": "write through db.session",
 }
 
 
