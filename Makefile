@@ -3,8 +3,6 @@ PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null 
 RUN = .venv/bin/python -m
 # How many processes the tests run in. `make test JOBS=` runs them in one, as a debugger wants it.
 JOBS ?= --numprocesses 2
-# Runs a command with a Redis beside it, for the queues that keep their tasks there.
-REDIS = $(and $(wildcard benchmarks/redis.py),.venv-bench/bin/python -m benchmarks.redis --)
 
 .PHONY: help
 help: ## Show this help
@@ -31,11 +29,12 @@ test-sqlalchemy20 test-lowest: test-%: .venv-%/installed
 	@.venv-$*/bin/python -m tests.postgres --fast -- .venv-$*/bin/python -m pytest $(JOBS) $(ARGS)
 
 .PHONY: bench
-bench: .venv-bench/installed ## Measure this queue beside bare loops and other queues, in 20 minutes
-	@.venv-bench/bin/python -m tests.postgres -- $(REDIS) .venv-bench/bin/python -m benchmarks.run $(ARGS)
+bench: .venv-bench/installed ## Measure this queue beside bare loops and other queues
+	@.venv-bench/bin/python -m tests.postgres -- .venv-bench/bin/python -m benchmarks.redis -- \
+		.venv-bench/bin/python -m benchmarks.run $(ARGS)
 
 .PHONY: bench-quick
-bench-quick: .venv/installed ## Measure this queue beside bare loops, in 3 minutes
+bench-quick: .venv/installed ## Measure this queue beside bare loops, in a few minutes
 	@$(RUN) tests.postgres -- $(RUN) benchmarks.run --quick $(ARGS)
 
 .PHONY: lint

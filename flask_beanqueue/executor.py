@@ -85,7 +85,7 @@ class Executor:
             started, self.app, task=self.queue.attach_task(claim)
         ):
             self._rollback()  # the processor shall not inherit a broken transaction
-        injected = self.queue.injection(processor.injected) if processor.injected else {}
+        injected = self.queue.injection(processor.injected)
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s starts", claim.label, extra=claim.log_extra())
         process = os.getpid()

@@ -152,7 +152,7 @@ class Queries:
             RETURNING CAST(t.id AS text)
         """)
 
-        # The same for the one task whose transaction this is: planned in a quarter of the time.
+        # The same for the one task whose transaction this is: planned in a third of the time.
         self._finish_one = self._text("""
             UPDATE {tasks} SET state = 'DONE', attempts = attempts + 1,
                 result = COALESCE(CAST(:result AS jsonb), result), error_message = NULL,

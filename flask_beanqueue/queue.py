@@ -128,12 +128,12 @@ class Queue:
 
     def injection(self, names: t.Iterable[str]) -> dict[str, t.Any]:
         """The arguments that a processor is given beside its task's."""
-        claim = current_claim()
         injected: dict[str, t.Any] = {}
         for name in names:
             if name == "db":
                 injected[name] = self.db.session()
             elif name == "task":
+                claim = current_claim()
                 injected[name] = None if claim is None else self.attach_task(claim)
             else:
                 injected[name] = self.db.session.begin_nested()
