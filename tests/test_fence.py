@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,7 @@ from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
 from flask_beanqueue import BeanQueue, current_task
+from flask_beanqueue.claim import current_claim
 
 from .conftest import only_task, texts
 
@@ -288,3 +291,28 @@ def test_of_a_task_that_somebody_deletes_while_it_runs_nothing_is_left(
     assert texts(app, db, Note) == []
     with app.app_context():
         assert db.session.query(bq.Task).count() == 0
+
+
+def test_a_claim_that_is_through_keeps_no_session_alive(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Callable[..., None]
+) -> None:
+    """Else hundreds of them pile up until the worker lets go of their claims."""
+    seen: list[Any] = []
+
+    @bq.processor()
+    def write(db: Any) -> None:
+        db.add(Note(text="hello"))
+        seen.extend([current_claim(), weakref.ref(db)])
+
+    with app.app_context():
+        write.enqueue()
+        db.session.commit()
+    gc.collect()
+    gc.disable()
+    try:
+        work()
+        claim, session = seen
+        assert claim.settled
+        assert session() is None
+    finally:
+        gc.enable()
