@@ -56,6 +56,7 @@ class Bell:
     def ring_if_asleep(self) -> None:
         """Wake the loop if it sleeps; otherwise it looks by itself before it does."""
         if self._asleep:
+            self._asleep = False
             self.ring()
 
     def drain(self) -> bool:
@@ -73,7 +74,9 @@ class Bell:
         """
         # First asleep, then the time: news between the two rings the bell.
         self._asleep = True
-        with selectors.DefaultSelector() as selector:
+        # With poll(2), to register takes no system call, for each of which Python's lock is given
+        # away.
+        with selectors.PollSelector() as selector:
             for each in (self, *others):
                 selector.register(each, selectors.EVENT_READ)
             rung = [key.fileobj for key, _ in selector.select(timeout())]

@@ -14,17 +14,16 @@ from .outcome import Outcome
 
 #: Seconds within which a claimed task should start: how much is claimed ahead.
 HORIZON = 0.1
-#: Weight of the newest duration in their running mean.
-NEWEST = 0.1
+#: Weight of the newest duration in their running mean: little, or a thread that had to wait for
+#: Python's lock, which takes a hundred times as long as a short task, would count for much.
+NEWEST = 0.02
 
 
 class Done(t.NamedTuple):
-    """A task that a thread is through with."""
+    """An outcome that is still to be written, and since when."""
 
     at: float
-    claim: Claim
-    #: What is still to be written, if anything.
-    outcome: Outcome | None
+    outcome: Outcome
 
 
 class Crew:
@@ -33,8 +32,8 @@ class Crew:
     :param size: how many threads.
     :param perform: runs a task; it must not raise.
     :param on_news: called from the threads when there is something to do for whoever watches:
-        nothing is left to begin, or the first of many tasks is done, or the last.
-    :param many: how many tasks that is.
+        the first outcome is there, or as many as are written at once, or claims run short.
+    :param many: how many outcomes that is.
     """
 
     def __init__(
@@ -46,11 +45,14 @@ class Crew:
     ) -> None:
         self.size = size
         self.done: collections.deque[Done] = collections.deque()
+        #: Claims of tasks of which nothing is left to write.
+        self.through: collections.deque[Claim] = collections.deque()
         self._perform = perform
         self._on_news = on_news
         self._many = many
-        self._counting = threading.Lock()
         self._ready: queue.SimpleQueue[Claim | None] = queue.SimpleQueue()
+        #: How many outcomes, and how few waiting claims, are news.
+        self._news_at, self._low = 1, 0
         #: By thread, when its task began.
         self._began: dict[int, float] = {}
         #: Seconds that a task takes.
@@ -88,11 +90,16 @@ class Crew:
 
     @property
     def wanted(self) -> int:
-        """How many tasks more will start within the horizon, at the durations seen.
+        """How many tasks more to claim.
 
         Short tasks are wanted in hundreds, and again when half of them have begun; long ones only
         as threads get free.
         """
+        target, waiting = self._target(), self.waiting
+        return min(target - waiting, self._many) if 2 * waiting <= target else 0
+
+    def _target(self) -> int:
+        """How many tasks will start within the horizon, at the durations seen."""
         now = time.monotonic()
         began = list(self._began.values())
         target = self.size - len(began)
@@ -101,9 +108,17 @@ class Crew:
             moving = self.size - sum(now - at > HORIZON for at in began)
             target = max(target, int(moving * HORIZON / max(self._mean, 1e-6)))
         # Twice as many as go into one statement: one lot is run while the next one is claimed.
-        target = min(target, 2 * self._many)
-        waiting = self.waiting
-        return min(target - waiting, self._many) if 2 * waiting <= target else 0
+        return min(target, 2 * self._many)
+
+    def watch(self) -> None:
+        """Say what is news to whoever goes to sleep now.
+
+        Nothing is counted for it by the threads: a lock that they took for each short task would
+        be waited for so often that Python's own lock went to and fro with every task.
+        """
+        self._news_at = self._many if self.done else 1
+        half = self._target() // 2
+        self._low = half if self.waiting > half else 0
 
     @property
     def stuck_for(self) -> float:
@@ -118,9 +133,10 @@ class Crew:
             ended = time.monotonic()
             mean = ended - began if self._mean is None else self._mean
             self._mean = mean + NEWEST * (ended - began - mean)
-            with self._counting:  # or two threads would pass a number that is news
-                self.done.append(Done(ended, claim, outcome))
-                count = len(self.done)
             del self._began[number]
-            if self._ready.empty() or count in (1, self._many):
+            if outcome is None:
+                self.through.append(claim)
+            else:
+                self.done.append(Done(ended, outcome))
+            if len(self.done) >= self._news_at or self.waiting <= self._low:
                 self._on_news()

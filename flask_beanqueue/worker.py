@@ -37,6 +37,9 @@ from .writer import Writer
 
 #: Seconds that an outcome waits for others to be written with.
 FLUSH_AFTER = 0.02
+#: Seconds after which a busy loop attends to what it is told. Not each time: Python's lock is given
+#: away for it, and got back only when the threads are through or have had their turns.
+ATTEND_AFTER = 0.1
 #: Longest sleep, in seconds, while LISTEN is wanted and cannot be had.
 LISTEN_LOST = 1.0
 #: Seconds after which claimed tasks that cannot start are given back.
@@ -110,6 +113,7 @@ class Worker:
         self._taken_over = False
         self._stopping = False
         self._grace_until = float("inf")
+        self._attend_at = 0.0
         self._died = False
 
     # Life.
@@ -303,7 +307,7 @@ class Worker:
         connection = self._line.connection
         if not self._looked and not self._look(connection):
             return
-        while len(self._crew.done) < self.config.BATCH_SIZE and (wanted := self._crew.wanted) > 0:
+        if (wanted := self._crew.wanted) > 0:
             claims = self.queue.queries.claim(connection, self.id, self._marks.turn(), wanted)
             self._writer.held.update(claims)
             for claim in claims:
@@ -311,11 +315,9 @@ class Worker:
             self._marks.passed(claims, wanted)
             enough = len(claims) == wanted
             if self._marks.may_look(busy=enough):
-                if not self._look(connection):
-                    return
+                self._look(connection)
             elif not enough:
                 self._quiet_until = self._marks.next_look
-                return
 
     def _look(self, connection: Connection) -> bool:
         """Look from the front for what the marks have passed, and for how long to sleep.
@@ -377,14 +379,14 @@ class Worker:
 
     def _flush(self, *, everything: bool = False) -> None:
         """Write the outcomes that have gathered, if it is time."""
+        while self._crew.through:
+            self._writer.release(self._crew.through.popleft())
         done = self._crew.done
         if done and (everything or time.monotonic() >= self._flush_at()):
-            for _ in range(len(done)):
-                each = done.popleft()
-                if each.outcome is None:
-                    self._writer.release(each.claim)
-                else:
-                    self._writer.add(each.outcome)
+            # What is more than one statement takes can wait for others.
+            count = len(done) if everything else min(len(done), self.config.BATCH_SIZE)
+            for _ in range(count):
+                self._writer.add(done.popleft().outcome)
         self._write()
 
     def _flush_at(self) -> float:
@@ -415,6 +417,11 @@ class Worker:
 
     def _wait(self) -> None:
         """Sleep until there is something to do."""
+        now = time.monotonic()
+        if now < self._attend_at and self._timeout() <= 0.0:
+            return
+        self._attend_at = now + ATTEND_AFTER
+        self._crew.watch()
         watched = [self._source] if self._source.fileno() >= 0 else []
         if self._bell.wait(self._timeout, *watched) and self._source.drain():
             self._quiet_until = 0.0

@@ -1,0 +1,115 @@
+"""When a crew calls for whoever watches it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from flask_beanqueue import outcome as outcomes
+from flask_beanqueue.claim import Claim
+from flask_beanqueue.crew import Crew
+from flask_beanqueue.models import uuid7
+from flask_beanqueue.outcome import Outcome
+
+#: Outcomes that are written at once; a crew wants twice as many short tasks.
+MANY = 10
+
+
+def claim() -> Claim:
+    return Claim(
+        "(0,1)", str(uuid7()), 1, "default", "app", "work", "{}", 0, 0.0, 0, 0, 0, unknown_for=None
+    )
+
+
+class Scene:
+    """One thread that begins a task for each turn that it is given."""
+
+    def __init__(self) -> None:
+        self.turns = threading.Semaphore(0)
+        self.news = threading.Event()
+        self.writes = False
+        self.crew = Crew(1, self.perform, self.news.set, MANY)
+        self.crew.start()
+
+    def perform(self, claim: Claim) -> Outcome | None:
+        self.turns.acquire()
+        return outcomes.succeeded(claim, None, event=False) if self.writes else None
+
+    def add(self, number: int) -> None:
+        for _ in range(number):
+            self.crew.add(claim())
+
+    def let_run(self, number: int) -> None:
+        """Let so many tasks run to their end."""
+        ended = self.ended + number
+        self.turns.release(number)
+        wait_for(lambda: self.ended == ended)
+
+    @property
+    def ended(self) -> int:
+        return len(self.crew.through) + len(self.crew.done)
+
+
+def wait_for(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+@pytest.fixture
+def scene() -> Iterator[Scene]:
+    """With 20 claims, of which a thread has begun one, and a crew that knows its tasks for short
+    ones."""
+    scene = Scene()
+    scene.add(200)
+    scene.let_run(200)
+    scene.add(2 * MANY)
+    wait_for(lambda: scene.crew.running == 1)
+    scene.news.clear()
+    yield scene
+    scene.turns.release(1000)
+    scene.crew.dismiss()
+
+
+def test_claims_that_run_short_are_news(scene: Scene) -> None:
+    scene.crew.watch()
+    scene.let_run(MANY - 2)
+    assert not scene.news.is_set()
+    scene.let_run(3)
+    assert scene.news.wait(10)
+    assert 0 < scene.crew.waiting <= MANY, "there is time to claim more"
+
+
+def test_the_first_outcome_is_news_and_the_next_ones_are_not(scene: Scene) -> None:
+    scene.writes = True
+    scene.crew.watch()
+    scene.let_run(1)
+    assert scene.news.wait(10)
+    scene.news.clear()
+    scene.crew.watch()
+    scene.let_run(3)
+    assert not scene.news.is_set()
+
+
+def test_as_many_outcomes_as_are_written_at_once_are_news(scene: Scene) -> None:
+    scene.writes = True
+    scene.let_run(1)
+    scene.add(MANY)  # so that claims do not run short
+    scene.news.clear()
+    scene.crew.watch()
+    scene.let_run(MANY - 2)
+    assert not scene.news.is_set()
+    scene.let_run(1)
+    assert scene.news.wait(10)
+
+
+def test_the_last_of_the_tasks_is_news_though_nothing_is_to_be_written(scene: Scene) -> None:
+    scene.let_run(2 * MANY - 1)
+    scene.crew.watch()
+    scene.news.clear()
+    scene.let_run(1)
+    assert scene.news.wait(10)
