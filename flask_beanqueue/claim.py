@@ -8,7 +8,7 @@ import json
 import typing as t
 import uuid
 
-from flask import Flask, current_app, has_app_context
+from flask import Flask, current_app
 
 
 class ClaimLost(Exception):
@@ -116,16 +116,18 @@ class running:
 
 def this_app() -> Flask:
     """The current app itself."""
-    return t.cast(t.Any, current_app)._get_current_object()  # type: ignore[no-any-return]
+    return current_app._get_current_object()  # type: ignore[attr-defined, no-any-return]
 
 
 def current_claim() -> Claim | None:
     """The claim whose processor runs here. In the context of another app there is none: its queue
     is another, and so may be its database."""
-    claim = _current.get(None)
-    if claim is not None and has_app_context() and this_app() is not claim.app:
+    if (claim := _current.get(None)) is None:
         return None
-    return claim
+    try:
+        return claim if this_app() is claim.app else None
+    except RuntimeError:  # in no context at all
+        return claim
 
 
 def current_task_id() -> uuid.UUID | None:

@@ -18,6 +18,17 @@ from .processor import AnyProcessor
 from .queue import Queue
 from .registry import Registry
 
+#: How often the process has become another one.
+_forks = 0
+
+
+def _forked() -> None:
+    global _forks
+    _forks += 1
+
+
+os.register_at_fork(after_in_child=_forked)
+
 
 class Executor:
     """Runs claimed tasks.
@@ -88,11 +99,11 @@ class Executor:
         injected = self.queue.injection(processor.injected)
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s starts", claim.label, extra=claim.log_extra())
-        process = os.getpid()
+        forks = _forks
         try:
             result = processor.func(**injected, **claim.kwargs)
         finally:
-            if os.getpid() != process:
+            if _forks != forks:
                 os._exit(0)  # the processor forked, and this is the child: it must not commit
         if (savepoint := injected.get("savepoint")) is not None and savepoint.is_active:
             savepoint.commit()
