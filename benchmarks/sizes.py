@@ -31,7 +31,7 @@ class Sizes:
     due_within: float = 5.0
     #: Waiting tasks, from the fewest on; done ones; and those scheduled for later.
     waiting: tuple[int, ...] = (1_000, 100_000, 1_000_000)
-    done: tuple[int, ...] = (1_000_000, 5_000_000)
+    done: tuple[int, ...] = (5_000_000,)
     later: int = 1_000_000
     #: Tasks that are done at such a depth, and how often.
     depth: int = 15_000
