@@ -26,7 +26,7 @@ EXPECTED: dict[str, list[tuple[str, str, set[str]]]] = {
             for n in (1, 4, 8)
             for loop in ("Session", "Statement")
         ),
-        *(("write", f"{OURS}{each}", {"rate"}) for each in (" (threads 1)", "", " (threads 8)")),
+        *(("write", f"{OURS}{each}", {"rate"}) for each in (" (threads 1)", "", " (processes 2)")),
     ],
     "processes": [
         (kind, f"{OURS} (processes {n})", {"rate"}) for kind in ("nothing", "wait") for n in (1, 2)
