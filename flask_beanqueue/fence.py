@@ -158,7 +158,8 @@ def listen_session(queue: Queue) -> None:
                 claim.ended_in = savepoint.parent
         elif ended_in(session, claim):
             claim.settled = True
-            claim.ended_in = claim.fenced_in = None  # or the claim would keep all that they hold
+            # Or the claim would keep all that they hold.
+            claim.ended_in = claim.fenced_in = claim.changed_in = None
 
     for listener in (after_begin, before_flush, before_commit, after_commit):
         sa.event.listen(queue.db.session, listener.__name__, listener)

@@ -431,6 +431,8 @@ class Worker:
         """Seconds until there is something to do without news."""
         now = time.monotonic()
         until = [now + self._poll_timeout, self._writer.next_try]
+        if self._crew.through:  # since the last flush; nobody rings again for it
+            until.append(now)
         if self._crew.done:
             until.append(self._flush_at())
         if self._crew.waiting:

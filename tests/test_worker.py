@@ -17,6 +17,7 @@ from flask_sqlalchemy.record_queries import get_recorded_queries
 
 from flask_beanqueue import BeanQueue
 from flask_beanqueue.crew import HORIZON
+from flask_beanqueue.worker import Worker
 
 from .probe import query
 
@@ -881,3 +882,37 @@ def test_serializable_apps_are_served(
         db.session.commit()
         bq.process_tasks(burst=True, concurrency=4)
         assert db.session.scalar(sa.select(sa.func.count()).select_from(Note)) == 200
+
+
+def test_a_task_that_ends_just_before_a_leaving_worker_sleeps_is_seen(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, flushed = threading.Event(), threading.Event()
+    write_outcomes = Worker._write
+
+    def ends_here(worker: Worker) -> None:
+        """Comes when the loop has looked for what is through."""
+        write_outcomes(worker)
+        if worker._stopping and not flushed.is_set():
+            flushed.set()
+            while not worker._crew.through:
+                time.sleep(0.001)
+            time.sleep(0.01)  # the thread asks itself whether that is news
+
+    @bq.processor()
+    def write(db: Any) -> None:
+        db.add(Note(text="hello"))
+        started.set()
+        flushed.wait(10)
+
+    with app.app_context():
+        write.enqueue()
+        db.session.commit()
+    monkeypatch.setattr(Worker, "_write", ends_here)
+    worker = bq.worker(app=app)
+    thread = threading.Thread(target=worker.run, daemon=True)
+    thread.start()
+    assert started.wait(10)
+    worker.stop()
+    thread.join(15)
+    assert not thread.is_alive(), "it sleeps until the end of its grace time"
