@@ -278,7 +278,7 @@ class Worker:
             self._flush()
             late = time.monotonic() >= self._grace_until
             if self._writer.held and late:
-                self._flush(everything=True)
+                self._gather(everything=True)  # in one go with what is given back
                 log.warning("Tasks given back while they run: %d", len(self._writer.undecided))
                 self._give_back(self._writer.undecided)
                 if locked := self._writer.abandon_locked():
@@ -377,8 +377,13 @@ class Worker:
 
     # Finishing.
 
-    def _flush(self, *, everything: bool = False) -> None:
+    def _flush(self) -> None:
         """Write the outcomes that have gathered, if it is time."""
+        self._gather()
+        self._write()
+
+    def _gather(self, *, everything: bool = False) -> None:
+        """Take what the crew is through with: let go of it, or let it be written if it is time."""
         while self._crew.through:
             self._writer.release(self._crew.through.popleft())
         done = self._crew.done
@@ -387,7 +392,6 @@ class Worker:
             count = len(done) if everything else min(len(done), self.config.BATCH_SIZE)
             for _ in range(count):
                 self._writer.add(done.popleft().outcome)
-        self._write()
 
     def _flush_at(self) -> float:
         """When to write what is done: at once if nothing else is held."""
