@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 
@@ -55,16 +56,16 @@ class Executor:
         if processor is None:
             return outcomes.unknown(claim, len(self.registry), self.config.UNKNOWN_GRACE)
         outcome: Outcome | None = None
-        with running(claim, self.app):
-            try:
-                with self.app.app_context():
-                    outcome = self._attempt(claim, processor)
-            except BaseException as error:
-                # A function that the app runs around its contexts raised: before the processor, or
-                # after.
+        try:
+            with running(claim, self.app), self.app.app_context():
+                outcome = self._attempt(claim, processor)
+        except BaseException as error:
+            # A function that the app runs around its contexts raised: before the processor, or
+            # after.
+            if outcome is None and not claim.settled:
+                outcome = outcomes.failed(claim, error)
+            with contextlib.suppress(BaseException):  # a filter of the app's may raise as well
                 log.exception("The app context of %s", claim.label, extra=claim.log_extra())
-                if outcome is None and not claim.settled:
-                    return outcomes.failed(claim, error)
         return outcome
 
     def _attempt(self, claim: Claim, processor: AnyProcessor) -> Outcome | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import logging
 import sys
 import threading
 import uuid
@@ -300,6 +301,36 @@ def test_a_teardown_function_that_raises_does_not_change_the_outcome(
     task = only_task(app, bq)
     assert (task.state, task.result) == ("DONE", "done")
     assert "RuntimeError: teardown" in caplog.text
+
+
+def test_a_log_that_raises_ends_no_thread(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work
+) -> None:
+    @bq.processor()
+    def mark() -> None:
+        g.mark = True
+
+    @app.teardown_appcontext
+    def teardown(error: BaseException | None) -> None:
+        if g.pop("mark", False):
+            raise RuntimeError("teardown")
+
+    def refuse(record: logging.LogRecord) -> bool:
+        if record.exc_info:
+            raise RuntimeError("filter")
+        return True
+
+    with app.app_context():
+        mark.enqueue_many([{}] * 3)
+        db.session.commit()
+    log = logging.getLogger("flask_beanqueue")
+    log.addFilter(refuse)
+    try:
+        work(concurrency=1)
+    finally:
+        log.removeFilter(refuse)
+    with app.app_context():
+        assert set(db.session.scalars(sa.select(bq.Task.state))) == {"DONE"}
 
 
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), BaseException("base")])
