@@ -121,10 +121,14 @@ class Crew:
         self._low = half if self.waiting > half else 0
 
     @property
-    def stuck_for(self) -> float:
-        """Seconds for which no thread has begun anything, since all are busy."""
+    def delay(self) -> float:
+        """Seconds that a waiting claim must wait: all threads have been busy for so long, or are
+        to be, at the durations seen."""
         began = list(self._began.values())
-        return time.monotonic() - max(began) if len(began) == self.size else 0.0
+        stuck = time.monotonic() - max(began) if len(began) == self.size else 0.0
+        # Those that a free thread is about to take do not wait.
+        ahead = self.waiting - (self.size - len(began))
+        return max(stuck, ahead * (self._mean or 0.0) / self.size)
 
     def _run(self, number: int) -> None:
         while (claim := self._ready.get()) is not None:

@@ -42,7 +42,7 @@ FLUSH_AFTER = 0.02
 ATTEND_AFTER = 0.1
 #: Longest sleep, in seconds, while LISTEN is wanted and cannot be had.
 LISTEN_LOST = 1.0
-#: Seconds after which claimed tasks that cannot start are given back.
+#: Seconds that claimed tasks may have to wait before they are given back.
 GIVE_BACK_AFTER = 0.5
 
 
@@ -233,7 +233,7 @@ class Worker:
                 self._fill()
                 self._flush()
                 self._serve_suspect()
-                if self._crew.waiting and self._crew.stuck_for > GIVE_BACK_AFTER:
+                if self._crew.waiting and self._crew.delay > GIVE_BACK_AFTER:
                     self._give_back(self._crew.take_back())
                 if time.monotonic() >= self._strays_at:
                     self._give_back_strays()

@@ -754,6 +754,28 @@ def test_long_tasks_are_claimed_one_by_one(
     assert claimed <= 4
 
 
+def test_claims_are_given_back_when_short_tasks_turn_long(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, log: Log, database_url: str
+) -> None:
+    gate = threading.Event()
+
+    @bq.processor()
+    def work(number: int) -> None:
+        if number >= 400:
+            log.add(number)
+            # Too long to be claimed ahead, and too short for its worker to seem stuck.
+            gate.wait(3 * HORIZON)
+
+    with app.app_context():
+        work.enqueue_many({"number": number} for number in range(600))
+        db.session.commit()
+    claimed = "SELECT count(*) FROM bq_tasks WHERE state = 'PROCESSING'"
+    with running(app, bq, concurrency=1):
+        log.wait(5)
+        assert query(database_url, claimed)[0][0] < 20
+        gate.set()
+
+
 def test_channels_take_turns(app: Flask, db: SQLAlchemy, note: Any, work: Work, log: Log) -> None:
     with app.app_context():
         note.using(channel="one").enqueue_many({"number": 1} for _ in range(3_000))
