@@ -32,13 +32,24 @@ class Bar:
     least: float | None = None
     most: float | None = None
 
-    def met(self, results: Results) -> bool | None:
-        value = self.figure(results)
-        if value is None:
-            return None
+    def met(self, value: float) -> bool:
         return (self.least is None or value >= self.least) and (
             self.most is None or value <= self.most
         )
+
+    def verdict(self, results: Results) -> str:
+        """Whether it is met, by the medians; undecided if some rounds say so and others do not."""
+        value = self.figure(results)
+        if value is None:
+            return "not measured"
+        if len({self.met(each) for each in self.figures(results)}) > 1:
+            return "undecided"
+        return "yes" if self.met(value) else "**no**"
+
+    def figures(self, results: Results) -> list[float]:
+        """What was measured in each round that has all that it takes."""
+        rounds = map(self.figure, results.of_each_round())
+        return [value for value in rounds if value is not None]
 
     @property
     def wanted(self) -> str:

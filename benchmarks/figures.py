@@ -59,6 +59,12 @@ class Results:
             and name in record["figures"]
         ]
 
+    def of_each_round(self) -> Iterator[Results]:
+        """The rounds, each as a run of its own."""
+        for turn in sorted({record["round"] for record in self.records}):
+            records = [record for record in self.records if record["round"] == turn]
+            yield dataclasses.replace(self, records=records)
+
     def median(self, measure: str, case: str, system: str, name: str) -> float | None:
         """The median of a figure over the rounds; None if it was not measured."""
         values = self.all(measure, case, system, name)

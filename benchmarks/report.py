@@ -17,7 +17,6 @@ import click
 from .bars import BARS, is_ours, is_peer
 from .figures import Results
 
-MET = {True: "yes", False: "**no**", None: "not measured"}
 #: The columns of the table of all systems: heading, measure, case, figure, factor.
 COLUMNS = (
     ("nothing /s", "throughput", "nothing", "rate", 1),
@@ -44,7 +43,7 @@ def markdown(results: Results) -> str:
         [
             *about(results),
             "\n## Bars\n",
-            *rows(("bar", "wanted", "measured", "met"), bars(results)),
+            *rows(("bar", "wanted", "measured", "met", "rounds"), bars(results)),
             "\n## Systems\n",
             "Medians of the rounds. Wake-ups here count from the call that enqueues. Other queues"
             " write a row over a driver of their own, and through db.session, as this one does.\n",
@@ -77,7 +76,8 @@ def bars(results: Results) -> Iterator[tuple[str, ...]]:
     for bar in BARS:
         value = bar.figure(results)
         measured = "" if value is None else number(value)
-        yield bar.text, bar.wanted, measured, MET[bar.met(results)]
+        rounds = ", ".join(map(number, bar.figures(results)))
+        yield bar.text, bar.wanted, measured, bar.verdict(results), rounds
 
 
 def systems(results: Results) -> Iterator[tuple[str, ...]]:

@@ -42,10 +42,11 @@ class Sizes:
     peers_held: int = 40_000
     peers_held_box: float = 3.5
     #: Workers that are idle, and for how long, and how long NOTIFY is sent beside them. They settle
-    #: first: a backend with nothing to do may tell what it did before after ten seconds only.
+    #: first: a backend with nothing to do may tell what it did before after ten seconds only. The
+    #: rarest of what they do comes every thirty.
     idle: int = 50
     settled: float = 11.0
-    idle_for: float = 10.0
+    idle_for: float = 30.0
     notify_for: float = 5.0
     #: Channels, and the workers that share them.
     channels: int = 64
@@ -83,7 +84,7 @@ QUICK = Sizes(
     peers_held=20_000,
     peers_held_box=5.0,
     idle=20,
-    idle_for=10.0,
+    idle_for=30.0,
     notify_for=2.0,
     workers=4,
     shared=20_000,

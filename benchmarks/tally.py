@@ -36,7 +36,7 @@ class Sum(NamedTuple):
 
     @property
     def rate(self) -> float:
-        """Tasks a second, from the first one to the last."""
+        """Tasks a second, from the first one to the last, or to the end of the time."""
         return (self.count - 1) / (self.last - self.first) if self.count > 1 else 0.0
 
 

@@ -79,5 +79,6 @@ class Worker:
 
         if not self.wait(lambda: over() or told.count > 0):
             raise RuntimeError(f"The worker began nothing within {START:g} s.")
-        self.wait(over, seconds + START)
-        return told
+        if self.wait(over, seconds + START) and told.count >= number:
+            return told
+        return told._replace(last=time.monotonic())  # also who stands still takes that time

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from benchmarks.bars import BARS
+from benchmarks.bars import BARS, Bar, of
 from benchmarks.figures import Results
 from benchmarks.report import markdown
 from benchmarks.run import MEASURES
+from benchmarks.step import Step
+from benchmarks.tally import Tally
+from benchmarks.worker import Worker
 
 from .processes import Processes
 
@@ -93,7 +97,7 @@ def test_a_measure_has_its_figures(measure: str, processes: Processes, tmp_path:
     output = bench(processes, "--tiny", "--only", measure, "--output", str(path))
     results = Results.load(path)
     for case, system, names in EXPECTED[measure]:
-        [figures] = [
+        figures, *_ = [
             record["figures"]
             for record in results.records
             if (record["case"], record["system"]) == (case, system)
@@ -123,3 +127,29 @@ def test_a_failure_is_noted_and_the_rest_goes_on(processes: Processes, tmp_path:
     results = Results.load(path)
     assert {failure["measure"] for failure in results.failures} == {"enqueue"}
     assert "## Failures" in process.output
+
+
+@pytest.mark.parametrize(
+    ("rates", "verdict"),
+    [((9, 11, 12), "undecided"), ((10, 11), "yes"), ((8, 9), "**no**"), ((), "not measured")],
+)
+def test_a_bar_on_which_rounds_disagree_is_undecided(rates: tuple[int], verdict: str) -> None:
+    results = Results({}, {})
+    for turn, rate in enumerate(rates):
+        step = Step("depth", "", OURS, run=dict, seconds=1.0)
+        results.add(step, turn, {"rate": rate}, took=1.0)
+    bar = Bar("speed", of("depth", "", OURS, "rate"), least=10)
+    assert bar.verdict(results) == verdict
+    assert bar.figures(results) == list(rates)
+
+
+def test_who_stands_still_is_charged_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tally = Tally(str(tmp_path / "tally"))
+    monkeypatch.setattr("benchmarks.worker.tally", lambda: tally)
+    tally.tick(2)
+    with Worker(subprocess.Popen(["sleep", "60"])) as worker:
+        told = worker.work(3, 0.5)
+    assert told.count == 2
+    assert 0 < told.rate <= 2

@@ -35,7 +35,8 @@ def held_snapshot() -> Iterator[None]:
 
 
 def held(system: System, number: int, seconds: float, commits: int, box: float) -> Figures:
-    """Tasks a second over time, and wake-ups before and after, while a snapshot is held.
+    """Tasks a second over time, and wake-ups before and after, while a snapshot is held; from the
+    commit where the system tells when that began.
 
     :param number: tasks, each of which leaves about two dead rows.
     :param commits: tasks whose wake-up is measured.
@@ -49,7 +50,7 @@ def held(system: System, number: int, seconds: float, commits: int, box: float) 
         with Worker(system.start()) as worker:
             warm_up(system, worker)
             numbers = range(1, commits + 1)
-            figures["wakeup_before"] = timed(system, worker, numbers, None, box)["p50"]
+            figures["wakeup_before"] = median(timed(system, worker, numbers, None, box))
     with held_snapshot():
         system.fill("nothing", number)
         tally().clear()
@@ -65,26 +66,31 @@ def held(system: System, number: int, seconds: float, commits: int, box: float) 
             figures |= {
                 "rate": told.rate,
                 "points": points,
-                "beginning": rate_within(points, *BEGINNING),
-                "end": rate_within(points, *END),
+                "beginning": rate_within(points, *BEGINNING, told.rate),
+                "end": rate_within(points, *END, told.rate),
                 "done": told.count,
             }
             if told.count >= number and not bare:
                 numbers = range(commits + 1, 2 * commits + 1)
-                figures["wakeup_after"] = timed(system, worker, numbers, None, box)["p50"]
+                figures["wakeup_after"] = median(timed(system, worker, numbers, None, box))
         [(dead,)] = execute("SELECT sum(n_dead_tup) FROM pg_stat_user_tables")
         figures["dead"] = int(str(dead))
     return figures
 
 
-def rate_within(points: Sequence[tuple[float, int]], low: float, high: float) -> float:
-    """Tasks a second between two shares of what was done, by the curve."""
+def median(wakeups: Figures) -> float:
+    return float(wakeups.get("commit_p50", wakeups["p50"]))
+
+
+def rate_within(points: Sequence[tuple[float, int]], low: float, high: float, rate: float) -> float:
+    """Tasks a second between two shares of what was done, by the curve; over the whole time if
+    there are too few points."""
     most = points[-1][1]
     inside = [point for point in points if low * most <= point[1] <= high * most]
     if len(inside) < 2:
-        inside = [points[0], points[-1]]
+        return rate
     (begun, before), (ended, after) = inside[0], inside[-1]
-    return (after - before) / (ended - begun) if ended > begun else 0.0
+    return (after - before) / (ended - begun) if ended > begun else rate
 
 
 def steps(sizes: Sizes, peers: Sequence[System]) -> Iterator[Step]:
