@@ -62,7 +62,7 @@ class Config:
     #: Packages to import, with their submodules, before a worker starts.
     PROCESSOR_PACKAGES: list[str] = dataclasses.field(default_factory=list)
     #: Most tasks that a worker claims with one statement.
-    BATCH_SIZE: int = 500
+    BATCH_SIZE: int = 1000
     #: Threads that run tasks in one worker process.
     CONCURRENCY: int = 4
     #: Whether workers LISTEN. Turn it off where a pooler stands before the database.

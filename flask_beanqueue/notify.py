@@ -55,5 +55,5 @@ def notify(connection: Connection, channel: str) -> None:
     innermost = connection.get_nested_transaction() or root
     if any(channel in _notified.get(transaction, ()) for transaction in (root, innermost)):
         return
-    connection.execute(NOTIFY, {"name": notify_name(channel)})
+    connection.exec_driver_sql(NOTIFY, {"name": notify_name(channel)})
     _notified.setdefault(innermost, set()).add(channel)

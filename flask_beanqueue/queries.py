@@ -15,9 +15,9 @@ from .listen import notifies, notify_name
 from .marks import Front, Level, Look
 from .models import Models
 
-# The NOTIFY of a flush. As text: to find what it has compiled of a function takes SQLAlchemy longer
-# than the server takes for the whole.
-NOTIFY = sa.text("SELECT pg_notify(:name, '')")
+# The NOTIFY of a flush, as the driver takes it: to compile it, or to find what was compiled, takes
+# SQLAlchemy as long as the server takes for the whole.
+NOTIFY = "SELECT pg_notify(%(name)s, '')"
 
 
 class Queries:

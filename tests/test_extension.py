@@ -114,7 +114,7 @@ def test_two_apps_share_a_queue_and_do_their_own_tasks(
 
     one = make_app(db, bq)
     other = make_app(db, bq, SQLALCHEMY_DATABASE_URI=other_database_url, BQ_BATCH_SIZE=3)
-    assert (bq.config(one).BATCH_SIZE, bq.config(other).BATCH_SIZE) == (500, 3)
+    assert (bq.config(one).BATCH_SIZE, bq.config(other).BATCH_SIZE) == (1000, 3)
     for app, text in ((one, "one"), (other, "other")):
         with app.app_context():
             write.enqueue(text=text)
