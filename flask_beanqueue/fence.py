@@ -79,6 +79,12 @@ def guard(queue: Queue, session: Session, claim: Claim) -> None:
     """
     session.flush()
     refuse_other_session(session, claim)
+    if claim.settled:
+        # The task has ended and this comes after it; unless it waits again, and is another's.
+        held = queue.queries.held(queue.connection(session), claim.id)
+        if held is not None and held[0].claims != claim.claims:
+            raise ClaimLost(LOST)
+        return
     state = queue.queries.hold(queue.connection(session), claim)
     if state is None or ended_in(session, claim) == (state == PROCESSING):
         raise ClaimLost(LOST)
@@ -143,8 +149,8 @@ def listen_session(queue: Queue) -> None:
             return
         if session.in_nested_transaction():
             session.flush()  # the release of a savepoint commits nothing
-        elif session.get_transaction() is claim.fenced_in or claim.settled:
-            pass  # the fence has been written, or the task has ended and this comes after it
+        elif session.get_transaction() is claim.fenced_in:
+            pass  # the fence has been written
         elif used(session, claim):
             guard(queue, session, claim)
 

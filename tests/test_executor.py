@@ -460,6 +460,32 @@ def test_a_task_that_waits_again_is_not_completed_by_who_held_it(
         assert (task.state, task.claims, task.result) == ("DONE", 3, 3)
 
 
+def test_what_a_processor_writes_after_it_sent_its_task_back_is_fenced(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work
+) -> None:
+    runs = []
+
+    @bq.processor()
+    def again(db: Any, task: Any) -> None:
+        runs.append(task.claims)
+        if len(runs) > 1:
+            return
+        task.state = "PENDING"
+        db.commit()
+        db.add(Note(text="still its own"))
+        db.commit()
+        take_away(app, bq.db, bq)
+        db.add(Note(text="another's by now"))
+        db.commit()
+
+    with app.app_context():
+        again.enqueue()
+        db.session.commit()
+    work()
+    assert texts(app, db, Note) == ["still its own"]
+    assert only_task(app, bq).state == "DONE"
+
+
 def test_a_swallowed_claim_lost_does_not_help(
     app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work
 ) -> None:
