@@ -50,6 +50,13 @@ class Heartbeat(threading.Thread):
         self.join(timeout=5)
 
     def run(self) -> None:
+        try:
+            self._keep_beating()
+        except BaseException:  # even the log may raise, by a filter of the app's
+            self._on_death()
+            raise
+
+    def _keep_beating(self) -> None:
         failing = False
         # An outage may have just ended, and everybody else be still on the way back.
         self._modest_until = time.monotonic() + self._config.WORKER_HEARTBEAT_PERIOD

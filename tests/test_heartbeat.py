@@ -16,7 +16,7 @@ from flask_beanqueue.connection import connect
 from flask_beanqueue.heartbeat import Heartbeat
 from flask_beanqueue.models import uuid7
 
-MakeHeartbeat = Callable[[], Heartbeat]
+MakeHeartbeat = Callable[..., Heartbeat]
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def make_heartbeat(app: Flask, bq: BeanQueue, buried: list[Heartbeat]) -> Iterat
     """Makes workers of which there is nothing but the heartbeat."""
     made = []
 
-    def make() -> Heartbeat:
+    def make(on_death: Callable[[], None] = lambda: None) -> Heartbeat:
         worker_id = uuid7()
         connection = connect(bq.engine(app))
         bq.queries.add_worker(connection, worker_id, "test", ["default"])
@@ -40,7 +40,7 @@ def make_heartbeat(app: Flask, bq: BeanQueue, buried: list[Heartbeat]) -> Iterat
             bq.queries,
             bq.config(app),
             worker_id,
-            on_death=lambda: None,
+            on_death=on_death,
             on_burial=lambda: buried.append(heartbeat),
         )
         made.append(heartbeat)
@@ -144,3 +144,20 @@ def test_a_refused_end_of_backends_keeps_nobody_from_being_declared_dead(
         assert first.beat()
         assert (states(db, bq), buried) == (["NO_HEARTBEAT", "RUNNING"], [first])
     assert "cannot be ended: permission denied" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_worker_whose_heartbeat_has_ended_is_told(
+    make_heartbeat: MakeHeartbeat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be taken for dead by all others."""
+    told = threading.Event()
+    heartbeat = make_heartbeat(told.set)
+
+    def exit() -> bool:
+        raise SystemExit
+
+    monkeypatch.setattr(heartbeat, "beat", exit)
+    heartbeat.start()
+    assert told.wait(30)
+    heartbeat.stop()
