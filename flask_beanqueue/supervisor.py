@@ -116,8 +116,9 @@ class Supervisor:
         if code == 0 and not self._replaces:
             return
         how = f"was ended by signal {-code}" if code < 0 else f"left with exit code {code}"
-        # Who is killed has started: a task may have done it.
-        self._failures = self._failures + 1 if code > 0 and lived < STEADY else 0
+        early = lived < STEADY
+        if code >= 0:  # who is killed may have started well: a task may have done it
+            self._failures = self._failures + 1 if early and code else 0
         if self._failures >= ATTEMPTS * self._processes:
             log.error("Worker process %d (%d) %s; none can start: giving up", index + 1, pid, how)
             self._failed = True
@@ -125,7 +126,7 @@ class Supervisor:
             return
         log.error("Worker process %d (%d) %s; a new one takes its place", index + 1, pid, how)
         at = time.monotonic()
-        if self._failures:  # one after the other: N at a time would be given up too soon
+        if early:  # one after the other: N at a time would be given up too soon
             at = max([at, *self._vacant.values()]) + PAUSE
         self._vacant[index] = at
 

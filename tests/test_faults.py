@@ -570,6 +570,31 @@ def test_a_process_that_ends_well_is_replaced_too(
     assert supervisor.stop() == 0
 
 
+#: A supervisor of one process, which is killed as it starts, for a second.
+KILLED_AT_START = """
+import os, signal, time
+from flask_beanqueue import supervisor
+
+supervisor.PAUSE = 0.3
+until = time.monotonic() + 1.0
+
+def start(index):
+    if time.monotonic() < until:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 0
+
+raise SystemExit(supervisor.Supervisor(start, 1, replaces=False).run())
+"""
+
+
+def test_a_process_that_is_killed_as_it_starts_is_replaced_after_a_pause(
+    processes: Processes,
+) -> None:
+    supervisor = processes.python("-c", KILLED_AT_START)
+    assert supervisor.wait() == 0
+    assert 1 <= supervisor.output.count("was ended by signal 9; a new one takes its place") <= 4
+
+
 def test_processes_that_cannot_start_are_given_up(
     app: Flask, database_url: str, processes: Processes
 ) -> None:
