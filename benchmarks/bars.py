@@ -163,6 +163,14 @@ BARS = [
         least=1.6,
     ),
     Bar(
+        "do nothing: two processes, times one",
+        share(
+            of("processes", "nothing", f"{OURS} (processes 2)", "rate"),
+            of("processes", "nothing", f"{OURS} (processes 1)", "rate"),
+        ),
+        least=1,
+    ),
+    Bar(
         "enqueue: time of a request, beside that with a second row",
         share(of("enqueue", "request", OURS, "task"), of("enqueue", "request", OURS, "row")),
         most=1.3,
@@ -211,7 +219,7 @@ BARS = [
         most=1,
     ),
     Bar(
-        "idle: commits with NOTIFY beside many workers, beside as many bare listeners",
+        "idle: commits with NOTIFY beside many workers of one parent, and as many bare listeners",
         share(
             of_case("idle", "workers", OURS, "notify", -1),
             of_case("idle", "workers", OURS, "notify_bare", -1),

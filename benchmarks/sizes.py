@@ -24,18 +24,18 @@ class Sizes:
     #: Times that a bare statement is repeated for.
     bare: float = 1.5
     #: Commits whose tasks are waited for one by one, and those at a steady rate.
-    commits: int = 150
-    steady: int = 600
+    commits: int = 100
+    steady: int = 400
     #: Tasks due later, within how long.
     due: int = 300
     due_within: float = 5.0
     #: Waiting tasks, from the fewest on; done ones; and those scheduled for later.
-    waiting: tuple[int, ...] = (1_000, 100_000, 1_000_000)
+    waiting: tuple[int, ...] = (1_000, 1_000_000)
     done: tuple[int, ...] = (5_000_000,)
     later: int = 1_000_000
     #: Tasks that are done at such a depth, and how often.
     depth: int = 15_000
-    repeats: int = 4
+    repeats: int = 3
     #: Tasks done while a snapshot is held, each of which leaves two dead rows; and for how long.
     held: int = 150_000
     held_box: float = 20.0

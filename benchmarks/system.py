@@ -24,14 +24,16 @@ class System:
     """One queue with one setting, its worker in processes of its own.
 
     :param settings: what differs from the defaults, in words; empty if nothing does.
+    :param processes: how many workers run.
     """
 
     name: ClassVar[str]
     #: Where it keeps its tasks.
     store: ClassVar[str] = "PostgreSQL"
 
-    def __init__(self, settings: str = "", **options: object) -> None:
+    def __init__(self, settings: str = "", *, processes: int = 1, **options: object) -> None:
         self.settings = settings
+        self.processes = processes
         self.options = options
 
     def __str__(self) -> str:
@@ -55,6 +57,9 @@ class System:
     def start(self) -> subprocess.Popen[bytes]:
         """Start a worker."""
         raise NotImplementedError
+
+    def start_all(self) -> list[subprocess.Popen[bytes]]:
+        return [self.start() for _ in range(self.processes)]
 
     def left(self) -> int | None:
         """How many tasks are not done, by its own books; None if they do not tell."""

@@ -38,7 +38,7 @@ WORTH = 0.5
 #: queues are not below it.
 FAR, NEAR = 0.5, 0.4
 #: Settings of each queue, the fastest with ``write``, that are measured with ``session``.
-AGAIN = 2
+AGAIN = 3
 
 
 def throughput(system: System, kind: str, number: int, seconds: float) -> Figures:
@@ -46,7 +46,7 @@ def throughput(system: System, kind: str, number: int, seconds: float) -> Figure
     system.clean()
     system.fill(kind, number)
     tally().clear()
-    with Worker(system.start()) as worker:
+    with Worker(*system.start_all()) as worker:
         told = worker.work(number, seconds)
     # What it had begun, it has ended: nothing else would be a fair count.
     left, began = system.left(), tally().sum().count
@@ -90,7 +90,8 @@ class Contest:
         if rate is None:
             figures = self._throughput(system, self.few)
             rate = self.rates[system]
-            if rate < SLOW or rate < WORTH * self._best(system) or self.few == self.number:
+            behind = rate < max(SLOW, WORTH * self._best(system), FAR * max(self.rates.values()))
+            if behind or self.few == self.number:
                 return figures
         # Too few tasks would flatter who claims very many at once, and filling takes its time.
         enough = max(int(1.5 * rate * self.seconds), self.few)

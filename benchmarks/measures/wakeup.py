@@ -92,14 +92,13 @@ def steps(sizes: Sizes, peers: Sequence[System]) -> Iterator[Step]:
         ("200 commits/s", sizes.steady, 200.0),
     ):
         for system in [Listener(4), FlaskBeanQueue(), *peers]:
-            peer = system in peers
             yield Step(
                 "wakeup",
                 case,
                 str(system),
-                lambda system=system, number=number // (1 + 2 * peer), rate=rate: wakeup(
+                lambda system=system, number=number, rate=rate: wakeup(
                     system, number, rate, 2 * sizes.box
                 ),
-                number // (1 + 2 * peer) * (REST + 0.01 if rate is None else 1 / rate) + 2,
-                rounds=1 if peer else 2,
+                number * (REST + 0.01 if rate is None else 1 / rate) + 2,
+                rounds=1 if system in peers else 2,
             )

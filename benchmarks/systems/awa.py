@@ -96,9 +96,14 @@ class Awa(System):
     name = "Awa"
 
     def __init__(
-        self, settings: str = "", *, workers: int = 50, queue_storage: bool = False
+        self,
+        settings: str = "",
+        *,
+        workers: int = 50,
+        queue_storage: bool = False,
+        processes: int = 1,
     ) -> None:
-        super().__init__(settings)
+        super().__init__(settings, processes=processes)
         self.workers = workers
         self.queue_storage = queue_storage
 
@@ -139,6 +144,7 @@ SYSTEMS: list[System] = [
     Awa(),
     Awa("200 at once", workers=200),
     Awa("200 at once, queue storage", workers=200, queue_storage=True),
+    Awa("200 at once, queue storage, 2 processes", workers=200, queue_storage=True, processes=2),
 ]
 
 if __name__ == "__main__":

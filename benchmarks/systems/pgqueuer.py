@@ -67,9 +67,15 @@ class PgQueuer(System):
     name = "PgQueuer"
 
     def __init__(
-        self, settings: str = "", batch: int = 10, most: int = 0, vacuum: bool = False
+        self,
+        settings: str = "",
+        *,
+        batch: int = 10,
+        most: int = 0,
+        vacuum: bool = False,
+        processes: int = 1,
     ) -> None:
-        super().__init__(settings)
+        super().__init__(settings, processes=processes)
         self.batch = batch
         self.most = most
         self.vacuum = vacuum
@@ -113,6 +119,7 @@ class PgQueuer(System):
 SYSTEMS: list[System] = [
     PgQueuer(),
     PgQueuer("batch 100, at most 200 at once", batch=100, most=200, vacuum=True),
+    PgQueuer("batch 100, at most 200, 2 processes", batch=100, most=200, vacuum=True, processes=2),
     PgQueuer("batch 1000, at most 2000 at once", batch=1000, most=2000, vacuum=True),
 ]
 
