@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
-import socket
 import typing as t
 
 import click
@@ -96,9 +94,7 @@ def worker_command(
     log_to_stderr(verbose)
 
     def make(index: int = 0, source: Source | None = None) -> Worker:
-        own = name or f"{socket.gethostname()}-{os.getpid()}"
-        if name and processes > 1:
-            own = f"{name}-{index + 1}"
+        own = f"{name}-{index + 1}" if name and processes > 1 else name
         try:
             return bq.worker(
                 channels, app=app, concurrency=concurrency, burst=burst, name=own, source=source
@@ -125,12 +121,7 @@ def worker_command(
 
     def work_until_change() -> int:
         worker = make()
-
-        def stop() -> None:
-            if not worker._stopping:  # again would mean at once
-                worker.stop()
-
-        return reloader.until_change(lambda: run(worker), stop)
+        return reloader.until_change(lambda: run(worker), worker.stop)
 
     with readable_errors():
         if reloads:

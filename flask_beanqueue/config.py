@@ -61,7 +61,7 @@ class Config:
 
     #: Packages to import, with their submodules, before a worker starts.
     PROCESSOR_PACKAGES: list[str] = dataclasses.field(default_factory=list)
-    #: Most tasks that a worker claims with one statement.
+    #: Most tasks that a worker claims, or completes, with one statement.
     BATCH_SIZE: int = 1000
     #: Threads that run tasks in one worker process.
     CONCURRENCY: int = 4

@@ -51,6 +51,9 @@ class Crew:
         self._on_news = on_news
         self._many = many
         self._ready: queue.SimpleQueue[Claim | None] = queue.SimpleQueue()
+        #: How many claims had been added at which time, of those that no thread may have begun.
+        self._added: collections.deque[tuple[float, int]] = collections.deque()
+        self._added_in_all = 0
         #: How many outcomes, and how few waiting claims, are news.
         self._news_at, self._low = 1, 0
         #: By thread, when its task began.
@@ -68,8 +71,11 @@ class Crew:
         for _ in range(self.size):
             self._ready.put(None)
 
-    def add(self, claim: Claim) -> None:
-        self._ready.put(claim)
+    def add(self, claims: t.Collection[Claim]) -> None:
+        self._added_in_all += len(claims)
+        self._added.append((time.monotonic(), self._added_in_all))
+        for claim in claims:
+            self._ready.put(claim)
 
     def take_back(self) -> list[Claim]:
         """Take back what no thread has begun."""
@@ -121,14 +127,12 @@ class Crew:
         self._low = half if self.waiting > half else 0
 
     @property
-    def delay(self) -> float:
-        """Seconds that a waiting claim must wait: all threads have been busy for so long, or are
-        to be, at the durations seen."""
-        began = list(self._began.values())
-        stuck = time.monotonic() - max(began) if len(began) == self.size else 0.0
-        # Those that a free thread is about to take do not wait.
-        ahead = self.waiting - (self.size - len(began))
-        return max(stuck, ahead * (self._mean or 0.0) / self.size)
+    def waited_for(self) -> float:
+        """Seconds for which the first of the waiting claims has waited."""
+        begun = self._added_in_all - self.waiting
+        while self._added and self._added[0][1] <= begun:
+            self._added.popleft()
+        return time.monotonic() - self._added[0][0] if self._added else 0.0
 
     def _run(self, number: int) -> None:
         while (claim := self._ready.get()) is not None:

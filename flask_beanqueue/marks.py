@@ -13,8 +13,9 @@ from .claim import Claim
 NIL = str(uuid.UUID(int=0))
 FRONT = float("-inf")
 
-#: A look from the front may take one twentieth of the time, and comes after a second at most.
-LOOK_SHARE = 20
+#: Claims in vain may take one twentieth of the time, and so may looks from the front; one comes
+#: after a second at most.
+SHARE = 20
 LOOK_WITHIN = 1.0
 #: Seconds between two looks of a worker that finds enough behind its marks, at least.
 LOOK_BUSY = 0.25
@@ -117,6 +118,16 @@ class Marks:
     def may_look(self, *, busy: bool = False) -> bool:
         return time.monotonic() >= self.next_look + (LOOK_BUSY if busy else 0.0)
 
+    def next_claim(self, took: float) -> float:
+        """When to claim again after a claim that got less than was wanted: what falls due
+        meanwhile lies behind the mark, and needs no look.
+
+        :param took: seconds that the claim took.
+        """
+        if self._fruitless:
+            return self.next_look
+        return min(self.next_look, time.monotonic() + SHARE * took)
+
     @property
     def in_vain(self) -> bool:
         """Whether what is due has not been had for a while: others have it locked."""
@@ -128,7 +139,7 @@ class Marks:
         :param took: seconds that the look took.
         """
         # Where something is due and yet not to be had, each look comes later than the one before.
-        pause = max(LOOK_SHARE * took, 0.01 * 2 ** min(self._fruitless, 10))
+        pause = max(SHARE * took, 0.01 * 2 ** min(self._fruitless, 10))
         self.next_look = time.monotonic() + min(pause, LOOK_WITHIN)
         if len(self._levels) > MANY_LEVELS:
             used = {(front.channel, front.priority) for front in look.fronts}

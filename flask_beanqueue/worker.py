@@ -42,7 +42,7 @@ FLUSH_AFTER = 0.02
 ATTEND_AFTER = 0.1
 #: Longest sleep, in seconds, while LISTEN is wanted and cannot be had.
 LISTEN_LOST = 1.0
-#: Seconds that claimed tasks may have to wait before they are given back.
+#: Seconds that a claimed task may wait before it is given back.
 GIVE_BACK_AFTER = 0.5
 
 
@@ -127,16 +127,16 @@ class Worker:
         # as SQLALCHEMY_RECORD_QUERIES: the loop runs outside of any.
         contextvars.Context().run(self._run)
 
-    def stop(self) -> None:
-        """Claim no more, end what runs within the grace time, and return; called again, at once.
+    def stop(self, *, at_once: bool = False) -> None:
+        """Claim no more, end what runs within the grace time, and return. Called again, it changes
+        nothing, unless it is to be at once.
 
         It may be called from any thread, and from a signal handler.
-        """
-        grace = 0.0 if self._stopping else self.config.SHUTDOWN_TIMEOUT
-        self._leave_by(time.monotonic() + grace)
 
-    def _leave_by(self, until: float) -> None:
-        self._grace_until = min(self._grace_until, until)
+        :param at_once: give back what runs.
+        """
+        grace = 0.0 if at_once else self.config.SHUTDOWN_TIMEOUT
+        self._grace_until = min(self._grace_until, time.monotonic() + grace)
         self._stopping = True
         self._bell.ring()
 
@@ -200,8 +200,7 @@ class Worker:
 
     def _die(self) -> None:
         self._died = True
-        if not self._stopping:
-            self.stop()
+        self.stop()
 
     @contextlib.contextmanager
     def _signal_handlers(self) -> t.Iterator[None]:
@@ -213,10 +212,8 @@ class Worker:
 
         def handler(number: int, frame: types.FrameType | None) -> None:
             first, again = summons.count(number)
-            if again:
-                self._leave_by(time.monotonic())
-            elif first and not self._stopping:
-                self.stop()
+            if first or again:
+                self.stop(at_once=again)
 
         before = [signal.signal(number, handler) for number in OTHER]
         try:
@@ -233,8 +230,8 @@ class Worker:
                 self._fill()
                 self._flush()
                 self._serve_suspect()
-                if self._crew.waiting and self._crew.delay > GIVE_BACK_AFTER:
-                    self._give_back(self._crew.take_back())
+                if self._crew.waited_for > GIVE_BACK_AFTER:
+                    self._give_back_waiting()
                 if time.monotonic() >= self._strays_at:
                     self._give_back_strays()
                 if time.monotonic() >= self._take_over_at:
@@ -257,13 +254,12 @@ class Worker:
 
     def _leave(self, heartbeat: Heartbeat) -> None:
         """Give back what has not started, wait for what runs, and say goodbye."""
-        if not self._stopping:
-            self.stop()
-        log.info("Worker %s stops; %d running", self.name, self._crew.running)
-        self._writer.give_back(self._crew.take_back())
-        if self._suspect.claim is not None and self._suspect.waits:
-            self._writer.give_back([self._suspect.claim])
         try:
+            self.stop()
+            log.info("Worker %s stops; %d running", self.name, self._crew.running)
+            self._writer.give_back(self._crew.take_back())
+            if self._suspect.claim is not None and self._suspect.waits:
+                self._writer.give_back([self._suspect.claim])
             while not self._has_left(heartbeat):
                 self._wait()
         finally:
@@ -308,16 +304,16 @@ class Worker:
         if not self._looked and not self._look(connection):
             return
         if (wanted := self._crew.wanted) > 0:
+            start = time.monotonic()
             claims = self.queue.queries.claim(connection, self.id, self._marks.turn(), wanted)
             self._writer.held.update(claims)
-            for claim in claims:
-                self._crew.add(claim)
+            self._crew.add(claims)
             self._marks.passed(claims, wanted)
             enough = len(claims) == wanted
             if self._marks.may_look(busy=enough):
                 self._look(connection)
             elif not enough:
-                self._quiet_until = self._marks.next_look
+                self._quiet_until = self._marks.next_claim(time.monotonic() - start)
 
     def _look(self, connection: Connection) -> bool:
         """Look from the front for what the marks have passed, and for how long to sleep.
@@ -354,7 +350,7 @@ class Worker:
         if not self._suspect.waits:
             return
         if self._writer.free == 1:
-            self._crew.add(self._suspect.begins())
+            self._crew.add([self._suspect.begins()])
         elif (claim := self._suspect.gives_way()) is not None:
             self._give_back([claim])
 
@@ -407,6 +403,12 @@ class Worker:
     def _give_back(self, claims: t.Iterable[Claim]) -> None:
         self._writer.give_back(claims)
         self._write()
+
+    def _give_back_waiting(self) -> None:
+        """Give back what no thread has begun, so that other workers can have it."""
+        self._give_back(self._crew.take_back())
+        self._marks.look_soon()
+        self._looked = False  # it lies behind the marks, and comes before what they have not passed
 
     def _released(self, claim: Claim, waits: bool) -> None:
         """A claim is held no longer."""

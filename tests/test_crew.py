@@ -40,8 +40,7 @@ class Scene:
         return outcomes.succeeded(claim, None, event=False) if self.writes else None
 
     def add(self, number: int) -> None:
-        for _ in range(number):
-            self.crew.add(claim())
+        self.crew.add([claim() for _ in range(number)])
 
     def let_run(self, number: int) -> None:
         """Let so many tasks run to their end."""
@@ -115,3 +114,17 @@ def test_the_last_of_the_tasks_is_news_though_nothing_is_to_be_written(scene: Sc
     scene.news.clear()
     scene.let_run(1)
     assert scene.news.wait(10)
+
+
+def test_a_claim_has_waited_since_it_was_added(scene: Scene) -> None:
+    before = time.monotonic()
+    scene.let_run(2 * MANY - 1)
+    wait_for(lambda: scene.crew.waiting == 0)
+    assert scene.crew.waited_for == 0.0, "there is none"
+    scene.add(2)
+    assert 0.0 < scene.crew.waited_for <= time.monotonic() - before
+    waited = scene.crew.waited_for
+    scene.add(1)
+    assert scene.crew.waited_for > waited, "the first counts"
+    scene.crew.take_back()
+    assert scene.crew.waited_for == 0.0

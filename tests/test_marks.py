@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 
 from flask_beanqueue.claim import Claim
 from flask_beanqueue.marks import FRUITLESS, MANY_LEVELS, NIL, Front, Look, Marks
+
+CLAIM = Claim("(0,1)", str(uuid.UUID(int=1)), 1, "default", "app", "f", "{}", 0, 3.0, 0, 0, 0, None)
 
 
 def look(*priorities: int, at: float = 1.0) -> Look:
@@ -61,11 +64,17 @@ def test_channels_of_one_priority_come_first_in_turn() -> None:
 
 
 def test_claims_move_the_mark_of_their_own_level_only() -> None:
-    claim = Claim(
-        "(0,1)", str(uuid.UUID(int=1)), 1, "default", "app", "f", "{}", 0, 3.0, 0, 0, 0, None
-    )
     marks = Marks(["default", "other"])
-    marks.passed([claim], wanted=1)
+    marks.passed([CLAIM], wanted=1)
     levels = {level.channel: level.mark for level in marks.turn()}
-    assert levels[claim.channel] == (claim.scheduled_at, claim.key)
+    assert levels[CLAIM.channel] == (CLAIM.scheduled_at, CLAIM.key)
     assert levels["other"] < (0.0, NIL)
+
+
+def test_a_claim_that_got_too_little_comes_again_before_the_next_look() -> None:
+    marks = Marks(["default"])
+    now = time.monotonic()
+    marks.seen(look(0), took=1.0)
+    assert marks.next_claim(took=0.001) == marks.next_look, "nothing could be had"
+    marks.passed([CLAIM], wanted=2)
+    assert now < marks.next_claim(took=0.001) < now + 0.5 < marks.next_look

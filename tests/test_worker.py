@@ -776,6 +776,34 @@ def test_claims_are_given_back_when_short_tasks_turn_long(
         gate.set()
 
 
+def test_what_is_given_back_comes_before_what_was_made_later(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, log: Log
+) -> None:
+    gate = threading.Event()
+
+    @bq.processor()
+    def work(number: int) -> None:
+        log.add(number)
+        if number == 400:
+            gate.wait(30)
+
+    def waiting() -> int:
+        pending = sa.select(sa.func.count()).where(bq.Task.state == "PENDING")
+        return db.session.scalar(pending) or 0
+
+    with app.app_context():
+        work.enqueue_many({"number": number} for number in range(600))
+        db.session.commit()
+        with running(app, bq, concurrency=1):
+            log.wait(401)
+            wait_until(db, lambda: waiting() == 199)
+            work.enqueue_many({"number": number} for number in range(600, 1200))
+            db.session.commit()
+            gate.set()
+            log.wait(1200)
+    assert log == list(range(1200))
+
+
 def test_channels_take_turns(app: Flask, db: SQLAlchemy, note: Any, work: Work, log: Log) -> None:
     with app.app_context():
         note.using(channel="one").enqueue_many({"number": 1} for _ in range(3_000))
