@@ -13,10 +13,13 @@ from .claim import Claim
 NIL = str(uuid.UUID(int=0))
 FRONT = float("-inf")
 
-#: Claims in vain may take one twentieth of the time, and so may looks from the front; one comes
-#: after a second at most.
-SHARE = 20
+#: A look from the front may take one twentieth of the time, and comes after a second at most.
+LOOK_SHARE = 20
 LOOK_WITHIN = 1.0
+#: Until then, claims that may find nothing may take a quarter of the time, and come after so many
+#: seconds at least.
+CLAIM_SHARE = 4
+CLAIM_AFTER = 0.005
 #: Seconds between two looks of a worker that finds enough behind its marks, at least.
 LOOK_BUSY = 0.25
 #: Looks that in a row find what is due and cannot be had.
@@ -126,7 +129,7 @@ class Marks:
         """
         if self._fruitless:
             return self.next_look
-        return min(self.next_look, time.monotonic() + SHARE * took)
+        return min(self.next_look, time.monotonic() + max(CLAIM_SHARE * took, CLAIM_AFTER))
 
     @property
     def in_vain(self) -> bool:
@@ -139,7 +142,7 @@ class Marks:
         :param took: seconds that the look took.
         """
         # Where something is due and yet not to be had, each look comes later than the one before.
-        pause = max(SHARE * took, 0.01 * 2 ** min(self._fruitless, 10))
+        pause = max(LOOK_SHARE * took, 0.01 * 2 ** min(self._fruitless, 10))
         self.next_look = time.monotonic() + min(pause, LOOK_WITHIN)
         if len(self._levels) > MANY_LEVELS:
             used = {(front.channel, front.priority) for front in look.fronts}
