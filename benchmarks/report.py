@@ -74,7 +74,7 @@ def rows(headings: Iterable[str], cells: Iterable[Iterable[str]]) -> Iterator[st
 
 def bars(results: Results) -> Iterator[tuple[str, ...]]:
     for bar in BARS:
-        value = bar.figure(results)
+        value = bar.value(results)
         measured = "" if value is None else number(value)
         rounds = ", ".join(map(number, bar.figures(results)))
         yield bar.text, bar.wanted, measured, bar.verdict(results), rounds

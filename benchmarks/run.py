@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import itertools
 import os
 import sys
 import tempfile
@@ -151,25 +152,28 @@ def measure(plan: Sequence[tuple[int, Step]], sizes: Sizes, output: Path) -> int
         item_show_func=lambda step: str(step or ""),
         file=sys.stderr,
     ) as bar:
-        for turn, step in plan:
+        for (_, turn), group in itertools.groupby(plan, lambda each: (each[1].measure, each[0])):
+            steps = [step for _, step in group]
+            # A whole round or none: what is compared is to be of the same one.
             late = time.monotonic() - start > slowest * planned
-            planned += step.takes(turn)
-            if not step.worth(turn) or (turn and late):
-                continue
-            bar.current_item = step
-            bar.render_progress()
-            begun = time.monotonic()
-            try:
-                figures = step.run()
-            except Exception as error:
-                results.fail(step, turn, f"{type(error).__name__}: {error}")
-                click.echo(f"\n{step}: {error}", err=True)
-                if "BENCH_VERBOSE" in os.environ:
-                    traceback.print_exc()
-            else:
-                results.add(step, turn, figures, time.monotonic() - begun)
-            results.save(output)
-            bar.update(int(step.takes(turn)))
+            planned += sum(step.takes(turn) for step in steps)
+            for step in steps if turn == 0 or not late else ():
+                if not step.worth(turn):
+                    continue
+                bar.current_item = step
+                bar.render_progress()
+                begun = time.monotonic()
+                try:
+                    figures = step.run()
+                except Exception as error:
+                    results.fail(step, turn, f"{type(error).__name__}: {error}")
+                    click.echo(f"\n{step}: {error}", err=True)
+                    if "BENCH_VERBOSE" in os.environ:
+                        traceback.print_exc()
+                else:
+                    results.add(step, turn, figures, time.monotonic() - begun)
+                results.save(output)
+                bar.update(int(step.takes(turn)))
     click.echo(write(results, output))
     return 1 if results.failures else 0
 

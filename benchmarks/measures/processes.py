@@ -1,4 +1,4 @@
-"""What a second process brings."""
+"""What a second process brings to tasks that wait."""
 
 from __future__ import annotations
 
@@ -12,16 +12,13 @@ from .throughput import throughput
 
 
 def steps(sizes: Sizes, peers: Sequence[System]) -> Iterator[Step]:
-    for kind, number in (("nothing", sizes.nothing), ("wait", sizes.wait)):
-        for processes in (1, 2):
-            system = FlaskBeanQueue(f"processes {processes}", "--processes", str(processes))
-            yield Step(
-                "processes",
-                kind,
-                str(system),
-                lambda system=system, kind=kind, number=number: throughput(
-                    system, kind, number, 2 * sizes.box
-                ),
-                sizes.box + 1,
-                rounds=2 if kind == "wait" else 1,
-            )
+    for processes in (1, 2):
+        system = FlaskBeanQueue(f"processes {processes}", "--processes", str(processes))
+        yield Step(
+            "processes",
+            "wait",
+            str(system),
+            lambda system=system: throughput(system, "wait", sizes.wait, 2 * sizes.box),
+            sizes.box + 1,
+            rounds=2,
+        )

@@ -22,7 +22,7 @@ ONE, FOUR, EIGHT = (
 )
 #: As advised for tasks that spend their time in Python.
 PROCESSES = FlaskBeanQueue("processes 2", "--processes", "2")
-OURS = {"nothing": (ONE, FOUR), "write": (ONE, FOUR, EIGHT, PROCESSES)}
+OURS = {"nothing": (ONE, FOUR, PROCESSES), "write": (ONE, FOUR, EIGHT, PROCESSES)}
 #: Tasks a second to expect, for the plan.
 EXPECTED = {"nothing": 25_000, "write": 1_000}
 #: Seconds that other queues take to get ready and to end, and for a first look.
