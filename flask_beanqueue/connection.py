@@ -14,8 +14,8 @@ from .queries import application_name
 
 
 def connect(engine: Engine) -> Connection:
-    """Open a connection in autocommit that does not count in the engine's pool, however busy it
-    is, but is made as the pool makes its own."""
+    """Open a connection in autocommit that is made as the engine's pool makes its own, and counts
+    there no longer once it is open."""
     connection = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
     try:
         connection.detach()

@@ -73,13 +73,21 @@ class Queries:
             ))
         """)
 
-        self._names["suspects"] = """FROM {tasks} AS t
-            WHERE t.state = 'PENDING' AND t.crashes > 0
-              AND t.channel = ANY (CAST(:channels AS text[])) AND t.scheduled_at <= now()
-              AND NOT EXISTS (
+        # The channels in which no task that was in a crash runs. OFFSET keeps them by themselves:
+        # asked anew for each of the thousand tasks that a crash may leave, it would be asked a
+        # thousand times a thousand rows.
+        self._names["free"] = """(
+            SELECT wanted.channel
+            FROM unnest(CAST(:channels AS text[])) AS wanted (channel)
+            WHERE NOT EXISTS (
                 SELECT FROM {tasks} AS other
                 WHERE other.state = 'PROCESSING' AND other.crashes > 0
-                  AND other.channel = t.channel AND NOT other.parked)
+                  AND other.channel = wanted.channel AND NOT other.parked)
+            OFFSET 0
+        ) AS free""".format(**self._names)
+        self._names["suspects"] = """{tasks} AS t
+            WHERE t.state = 'PENDING' AND t.crashes > 0
+              AND t.channel = free.channel AND t.scheduled_at <= now()
         """.format(**self._names)
 
         # A task that was in a crash is claimed and run alone. One worker at a time is so occupied
@@ -88,9 +96,12 @@ class Queries:
             UPDATE {tasks} SET state = 'PROCESSING', worker_id = :worker_id,
                 claims = claims + 1, parked = false, started_at = now()
             WHERE ctid = ANY (ARRAY(
-                SELECT t.ctid {suspects}
-                ORDER BY t.scheduled_at, t.id LIMIT 1
-                FOR NO KEY UPDATE SKIP LOCKED
+                SELECT suspect.ctid FROM {free} CROSS JOIN LATERAL (
+                    SELECT t.ctid FROM {suspects}
+                    ORDER BY t.scheduled_at, t.id LIMIT 1
+                    FOR NO KEY UPDATE SKIP LOCKED
+                ) AS suspect
+                LIMIT 1
             ))
         """)
 
@@ -127,7 +138,7 @@ class Queries:
         """)
 
         self._suspects = self._text("""
-            SELECT EXISTS (SELECT {suspects})
+            SELECT EXISTS (SELECT FROM {free} WHERE EXISTS (SELECT FROM {suspects}))
         """)
 
         # The fence of many tasks at once. The rows are found by the ctid that the claim returned:

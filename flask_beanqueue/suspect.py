@@ -6,6 +6,8 @@ import time
 
 from .claim import Claim
 
+#: Seconds for which others like it follow it, as long as the worker is alone with them.
+TURN = 0.25
 #: Seconds that it waits at first until nothing else is held; nothing is claimed meanwhile.
 PATIENCE = 0.5
 #: Longest such wait.
@@ -18,7 +20,8 @@ class Suspect:
     """The suspect that a worker holds, if any.
 
     It must not take others along if it crashes again, so it begins when the worker holds nothing
-    else. If that takes too long it is given back, and the next one is waited for longer.
+    else; a few more may then follow. If that takes too long it is given back, and the next one is
+    waited for longer.
     """
 
     def __init__(self) -> None:
@@ -28,6 +31,12 @@ class Suspect:
         self.until = float("inf")
         self._patience = PATIENCE
         self._next = 0.0
+        self._turn_until = 0.0
+
+    @property
+    def may_follow(self) -> bool:
+        """Whether another one may be claimed at once."""
+        return self.claim is None and time.monotonic() < self._turn_until
 
     @property
     def welcome(self) -> bool:
@@ -49,7 +58,12 @@ class Suspect:
         assert self.claim is not None
         self._runs = True
         self.until = float("inf")
+        if self._turn_until == 0.0:
+            self._turn_until = time.monotonic() + TURN
         return self.claim
+
+    def ends_turn(self) -> None:
+        self._turn_until = 0.0
 
     def gives_way(self) -> Claim | None:
         """Return the claim, to be given back, if it has waited for too long."""

@@ -301,6 +301,9 @@ class Worker:
         if self._occupied or time.monotonic() < self._quiet_until:
             return
         connection = self._line.connection
+        if self._suspect.may_follow and self._claim_suspect(connection):
+            return
+        self._suspect.ends_turn()
         if not self._looked and not self._look(connection):
             return
         if (wanted := self._crew.wanted) > 0:
@@ -325,17 +328,22 @@ class Worker:
         now = time.monotonic()
         due = self._marks.seen(look, now - start)
         self._looked = True
-        if look.suspects and (self._suspect.welcome or not self._writer.held):
-            claim = self.queue.queries.claim_suspect(connection, self.id, self.channels)
-            if claim is not None:
-                self._writer.held.add(claim)
-                self._suspect.took(claim)
-                return False
+        welcome = look.suspects and (self._suspect.welcome or not self._writer.held)
+        if welcome and self._claim_suspect(connection):
+            return False
         self._empty = not due or self._marks.in_vain
         if not due:
             pause = self._poll_timeout if look.next_due is None else look.next_due
             self._quiet_until = now + min(pause, self._poll_timeout)
         return due
+
+    def _claim_suspect(self, connection: Connection) -> bool:
+        claim = self.queue.queries.claim_suspect(connection, self.id, self.channels)
+        if claim is None:
+            return False
+        self._writer.held.add(claim)
+        self._suspect.took(claim)
+        return True
 
     @property
     def _occupied(self) -> bool:

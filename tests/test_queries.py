@@ -85,6 +85,23 @@ def test_neither_claim_nor_finish_reads_the_whole_table(
 # finish
 
 
+def test_the_claim_of_a_suspect_does_not_read_all_of_them_for_each_of_them(
+    app: Flask, bq: BeanQueue, worker_id: uuid.UUID, database_url: str
+) -> None:
+    """The statistics know of none: a crash has just left them all."""
+    number = 1_000
+    insert = "INSERT INTO bq_tasks (module, func_name, crashes) SELECT 'a', 'b', %s"
+    query(database_url, f"{insert} FROM generate_series(1, 20000)", 0)
+    query(database_url, "ANALYZE bq_tasks")
+    query(database_url, f"{insert} FROM generate_series(1, {number})", 1)
+    fetched = "SELECT idx_tup_fetch FROM pg_stat_xact_user_tables WHERE relname = 'bq_tasks'"
+    with bq.engine(app).begin() as connection:
+        before = connection.exec_driver_sql(fetched).scalar_one()
+        assert bq.queries.look(connection, ["default"]).suspects
+        assert bq.queries.claim_suspect(connection, worker_id, ["default"])
+        assert connection.exec_driver_sql(fetched).scalar_one() - before < 10 * number
+
+
 def test_finish_leaves_a_row_alone_that_lies_where_the_claimed_one_lay(
     bq: BeanQueue, connection: Connection, take_all: TakeAll, database_url: str
 ) -> None:

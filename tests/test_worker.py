@@ -389,6 +389,29 @@ def test_a_task_that_was_in_a_crash_does_not_stop_the_queue_behind_a_long_one(
     assert -1 in log
 
 
+def test_tasks_that_were_in_a_crash_follow_each_other(
+    app: Flask,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    note: Any,
+    work: Work,
+    log: Log,
+    statements: Statements,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A worker that holds nothing else takes the next one without a look around."""
+    monkeypatch.setattr("flask_beanqueue.suspect.TURN", 60.0)
+    with app.app_context():
+        tasks = [note.run(number=number) for number in range(50)]
+        for task in tasks:
+            task.crashes = 1
+        db.session.add_all(tasks)
+        db.session.commit()
+    work(concurrency=2)
+    assert log == list(range(50))
+    assert statements.count("WITH RECURSIVE") < 10
+
+
 def test_a_task_that_was_in_a_crash_gives_way_to_others_and_is_done_in_the_end(
     app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
