@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 
@@ -64,8 +63,7 @@ class Executor:
             # after.
             if outcome is None and not claim.settled:
                 outcome = outcomes.failed(claim, error)
-            with contextlib.suppress(BaseException):  # a filter of the app's may raise as well
-                log.exception("The app context of %s", claim.label, extra=claim.log_extra())
+            log.exception("The app context of %s", claim.label, extra=claim.log_extra())
         return outcome
 
     def _attempt(self, claim: Claim, processor: AnyProcessor) -> Outcome | None:

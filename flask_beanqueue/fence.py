@@ -16,8 +16,9 @@ from .outcome import Outcome
 from .queue import Queue
 
 LOST = (
-    "The task is not as it was claimed: it was taken from this worker, or its processor has deleted"
-    " it or changed its state, claims or id past the ORM. What the processor wrote is rolled back."
+    "The task is not as it was claimed: it was taken from this worker, or its processor has sent it"
+    " back into the queue, deleted it, or changed its state, claims or id past the ORM. What the"
+    " processor has not committed is rolled back."
 )
 
 

@@ -52,7 +52,7 @@ class Heartbeat(threading.Thread):
     def run(self) -> None:
         try:
             self._keep_beating()
-        except BaseException:  # even the log may raise, by a filter of the app's
+        except BaseException:  # of whatever kind: the others take it for dead
             self._on_death()
             raise
 

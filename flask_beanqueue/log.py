@@ -3,8 +3,28 @@
 from __future__ import annotations
 
 import logging
+import traceback
+import typing as t
 
-log = logging.getLogger("flask_beanqueue")
+
+class Log(logging.LoggerAdapter[logging.Logger]):
+    """A logger that never raises: a filter of the app's that does must not decide what becomes of a
+    task, or end a worker."""
+
+    def process(
+        self, msg: object, kwargs: t.MutableMapping[str, t.Any]
+    ) -> tuple[object, t.MutableMapping[str, t.Any]]:
+        return msg, kwargs  # with the caller's own ``extra``
+
+    def log(self, level: int, msg: object, *args: object, **kwargs: t.Any) -> None:
+        try:
+            super().log(level, msg, *args, stacklevel=2, **kwargs)
+        except Exception:
+            if logging.raiseExceptions:  # as handlers do it
+                traceback.print_exc()
+
+
+log = Log(logging.getLogger("flask_beanqueue"))
 
 
 def reason(error: BaseException) -> str:

@@ -73,8 +73,10 @@ class ExponentialBackoffRetry:
         for name, value in (("base", base), ("maximum", maximum)):
             if not isinstance(value, datetime.timedelta):
                 raise TypeError(f"{name} must be a datetime.timedelta, not {value!r}")
-        if base < datetime.timedelta(0) or maximum < base:
-            raise ValueError("base must not be negative, and maximum not be less than base")
+        if base < datetime.timedelta(0):
+            raise ValueError(f"base must not be negative, but is {base}")
+        if maximum < base:
+            raise ValueError(f"maximum, which is {maximum}, must not be less than base, {base}")
         for name, number in (("factor", factor), ("jitter", jitter)):
             if not isinstance(number, (int, float)) or isinstance(number, bool):
                 raise TypeError(f"{name} must be a number, not {number!r}")

@@ -16,7 +16,8 @@ import sqlalchemy as sa
 from flask import Flask, appcontext_pushed, current_app, g
 from flask_sqlalchemy import SQLAlchemy
 
-from flask_beanqueue import BeanQueue, current_task
+from flask_beanqueue import BeanQueue, current_task, task_failed
+from flask_beanqueue.log import log
 
 from .conftest import only_task, texts
 
@@ -303,34 +304,51 @@ def test_a_teardown_function_that_raises_does_not_change_the_outcome(
     assert "RuntimeError: teardown" in caplog.text
 
 
-def test_a_log_that_raises_ends_no_thread(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work
+def test_a_log_that_raises_decides_nothing(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.DEBUG, "flask_beanqueue")
+    told = []
+
     @bq.processor()
-    def mark() -> None:
-        g.mark = True
+    def succeed() -> object:
+        return object()  # which cannot be stored, and that is logged
+
+    @bq.processor()
+    def fail() -> None:
+        raise ValueError("its own")
+
+    @task_failed.connect_via(app)
+    def tell(app: Flask, error: str, **rest: Any) -> None:
+        told.append(error)
 
     @app.teardown_appcontext
     def teardown(error: BaseException | None) -> None:
-        if g.pop("mark", False):
+        if current_task:
             raise RuntimeError("teardown")
 
     def refuse(record: logging.LogRecord) -> bool:
-        if record.exc_info:
-            raise RuntimeError("filter")
-        return True
+        raise RuntimeError("filter")
 
     with app.app_context():
-        mark.enqueue_many([{}] * 3)
+        for processor in (succeed, fail, succeed, fail):
+            processor.enqueue()
         db.session.commit()
-    log = logging.getLogger("flask_beanqueue")
-    log.addFilter(refuse)
+    log.logger.addFilter(refuse)
     try:
         work(concurrency=1)
     finally:
-        log.removeFilter(refuse)
+        log.logger.removeFilter(refuse)
+    assert told == ["ValueError: its own"] * 2
     with app.app_context():
-        assert set(db.session.scalars(sa.select(bq.Task.state))) == {"DONE"}
+        states = db.session.scalars(sa.select(bq.Task.state).order_by(bq.Task.id)).all()
+    assert states == ["DONE", "FAILED"] * 2
+
+
+def test_a_log_record_names_where_it_was_made(caplog: pytest.LogCaptureFixture) -> None:
+    log.warning("here", extra={"task_id": "1"})
+    [record] = caplog.records
+    assert (record.filename, record.task_id) == ("test_executor.py", "1")  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), BaseException("base")])

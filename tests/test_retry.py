@@ -110,7 +110,7 @@ def test_a_limit_asks_the_policy_that_it_is_given() -> None:
         (
             lambda: ExponentialBackoffRetry(HOUR, maximum=SECOND),
             ValueError,
-            "maximum not be less than base",
+            "must not be less than base",
         ),
         (lambda: ExponentialBackoffRetry(5), TypeError, "base must be a datetime.timedelta"),
         (
