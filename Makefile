@@ -12,6 +12,10 @@ help: ## Show this help
 demo: .venv/installed ## Run the example app and a worker; Ctrl-C ends both (PORT=..., ONCE=1)
 	@$(RUN) tests.postgres --data .postgres/demo -- $(RUN) example_app.demo
 
+.PHONY: shell
+shell: .venv/installed ## Open a shell with the package and a throw-away PostgreSQL
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(RUN) tests.postgres -- bash --norc
+
 .PHONY: test
 test: .venv/installed ## Run the tests, with coverage (ARGS="-k name" picks some)
 	@$(RUN) coverage erase
