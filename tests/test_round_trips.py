@@ -117,12 +117,12 @@ def test_round_trips_of_a_request(
 @pytest.mark.parametrize(
     ("name", "each", "loop"),
     [
-        ("nothing", 0, 100),  # 10 claims, 10 completions, the beginning and the end
-        ("answer", 0, 100),
-        ("fail", 0, 200),
-        ("write", 4, 200),  # BEGIN, INSERT, the fenced UPDATE, COMMIT
-        ("read", 4, 200),
-        ("chain", 5, 200),  # one more for the NOTIFY
+        ("nothing", 0, 200),  # 10 claims, 10 completions, the beginning and the end
+        ("answer", 0, 200),
+        ("fail", 0, 500),
+        ("write", 4, 500),  # BEGIN, INSERT, the fenced UPDATE, COMMIT
+        ("read", 4, 500),
+        ("chain", 5, 500),  # one more for the NOTIFY
     ],
 )
 def test_round_trips_of_a_thousand_tasks(
