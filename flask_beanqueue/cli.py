@@ -17,11 +17,11 @@ from . import reloader
 from .arguments import ArgumentError
 from .claim import this_app
 from .config import ConfigError
-from .connection import connect
+from .connection import PoolerError, connect
 from .errors import sqlstate
 from .extension import BeanQueue
 from .fanout import Fanout
-from .listen import Listener, Source
+from .listen import Source
 from .log import log, reason
 from .queries import application_name
 from .registry import import_packages
@@ -146,7 +146,7 @@ def supervise(worker: Worker, work: t.Callable[[int, Source], int], processes: i
     :param worker: what they will be like.
     :param work: what each does, given its number and what tells it of news.
     """
-    listener = Listener(worker.engine, worker.channels, application_name("listener"))
+    listener = worker.listener(application_name("listener"))
     with contextlib.closing(Fanout(listener, processes)) as fanout:
         return Supervisor(
             lambda index: work(index, fanout.subscription(index)),
@@ -285,6 +285,8 @@ def readable_errors(
         else:
             raise
         raise click.ClickException(message) from error
+    except PoolerError as error:
+        raise click.ClickException(str(error)) from error
     except sa.exc.IntegrityError as error:
         raise click.ClickException(f"The database refuses this: {reason(error)}") from error
     except sa.exc.OperationalError as error:

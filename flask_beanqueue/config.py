@@ -11,6 +11,8 @@ import types
 import typing as t
 import warnings
 
+import sqlalchemy as sa
+
 PREFIX = "BQ_"
 
 #: Seconds that a worker can be told to sleep: select() takes no more than 24 days.
@@ -65,16 +67,18 @@ class Config:
     BATCH_SIZE: int = 1000
     #: Threads that run tasks in one worker process.
     CONCURRENCY: int = 4
-    #: Whether workers LISTEN. Turn it off where a pooler stands before the database.
+    #: Whether workers LISTEN; if not, they poll.
     LISTEN: bool = True
+    #: Where they LISTEN, if a pooler stands before the app's database: its own address.
+    LISTEN_DATABASE_URL: str | None = None
     #: Whether new tasks NOTIFY.
     NOTIFY: bool = True
     #: Longest sleep of an idle worker; unset: 30 where it listens, 1 where it does not.
     POLL_TIMEOUT: float | None = None
     #: Time between two heartbeats of a worker.
-    WORKER_HEARTBEAT_PERIOD: float = 5.0
+    WORKER_HEARTBEAT_PERIOD: float = 4.0
     #: Silence after which a worker counts as dead. The same for all workers of a database.
-    WORKER_HEARTBEAT_TIMEOUT: float = 30.0
+    WORKER_HEARTBEAT_TIMEOUT: float = 20.0
     #: Time that running tasks have to end after SIGTERM.
     SHUTDOWN_TIMEOUT: float = 25.0
     #: Crashes after which a task is FAILED.
@@ -99,6 +103,11 @@ class Config:
                 f" at least twice {PREFIX}WORKER_HEARTBEAT_PERIOD"
                 f" ({self.WORKER_HEARTBEAT_PERIOD:g} s), or a healthy worker would be declared"
                 " dead."
+            )
+        if self.LISTEN_DATABASE_URL is not None and not is_postgresql(self.LISTEN_DATABASE_URL):
+            raise ConfigError(  # without the value, which may hold a password
+                f"{PREFIX}LISTEN_DATABASE_URL must be a URL of PostgreSQL for psycopg2 or psycopg"
+                " 3, such as postgresql+psycopg2://user@host/name."
             )
 
     @property
@@ -126,7 +135,9 @@ class Config:
                 values[field.name] = parse(name, environ[name], hints[field.name])
         known = [PREFIX + field.name for field in dataclasses.fields(cls)]
         for name in {*settings, *environ} - {*known}:
-            if name.startswith(PREFIX) and (near := difflib.get_close_matches(name, known, 1, 0.8)):
+            if name.startswith(PREFIX) and (
+                near := difflib.get_close_matches(name, known, 1, 0.82)
+            ):
                 warnings.warn(
                     f"{name} is no setting of flask_beanqueue. Did you mean {near[0]}?",
                     stacklevel=3,
@@ -150,6 +161,15 @@ def check(name: str, value: t.Any, hint: t.Any) -> t.Any:
         if kind == list[str] and isinstance(value, (list, tuple)) and all(map(is_name, value)):
             return list(value)
     raise ConfigError(f"{name} must be {wanted(kinds)}, not {value!r}.")
+
+
+def is_postgresql(url: str) -> bool:
+    """Whether it is a URL for a driver that the queue works with."""
+    try:
+        name = sa.make_url(url).drivername
+    except sa.exc.ArgumentError:
+        return False
+    return name in ("postgresql", "postgresql+psycopg2", "postgresql+psycopg")
 
 
 def is_name(value: t.Any) -> bool:

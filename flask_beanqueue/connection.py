@@ -5,26 +5,60 @@ from __future__ import annotations
 import contextlib
 import threading
 import typing as t
-import uuid
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-from .queries import application_name
+#: What the levels of autocommit are called.
+READ_COMMITTED = "read committed"
+
+
+class PoolerError(RuntimeError):
+    """A pooler stands before the database, and the queue cannot work through it."""
+
+
+def open_beside(engine: Engine) -> t.Any:
+    """Open a connection of the driver's as the engine's pool does, listeners included, but wait for
+    none of those that the pool has: who waits while tasks use them all may be taken for dead.
+
+    :return: the connection as a pool hands it out, one that is not the engine's.
+    """
+    return engine.pool.recreate().connect()
 
 
 def connect(engine: Engine) -> Connection:
-    """Open a connection in autocommit that is made as the engine's pool makes its own, and counts
-    there no longer once it is open."""
-    connection = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+    """Open a connection in autocommit that is made as the engine's pool makes its own, and does not
+    count there.
+
+    :raises PoolerError: if it can be used through no pooler.
+    """
     try:
+        opened = open_beside(engine)
+    except engine.dialect.loaded_dbapi.Error as error:
+        raise sa.exc.DBAPIError.instance(
+            None, None, error, engine.dialect.loaded_dbapi.Error, dialect=engine.dialect
+        ) from error
+    connection = Connection(engine, connection=opened)
+    try:
+        connection.execution_options(isolation_level="AUTOCOMMIT")
         connection.detach()
-        # Autocommit follows the session's default, and a claim must see what was committed
-        # meanwhile. SET only where it is needed: a pooler may not keep it.
-        level = connection.scalar(
-            sa.text("SELECT current_setting('default_transaction_isolation')")
-        )
-        if level != "read committed":
+        raw = connection.connection.dbapi_connection
+        level, pid = connection.execute(
+            sa.text("SELECT current_setting('default_transaction_isolation'), pg_backend_pid()")
+        ).one()
+        pooled = is_pooled(raw, pid)
+        if pooled and engine.driver == "psycopg":
+            t.cast(t.Any, raw).prepare_threshold = None  # the next backend would not know them
+        if level != READ_COMMITTED:
+            # Autocommit follows the session's default, and a claim must see what was committed
+            # meanwhile.
+            if pooled:
+                raise PoolerError(
+                    f"The database's default_transaction_isolation is {level!r}, and a pooler keeps"
+                    " no other setting for the queue. Let it be 'read committed' (ALTER ROLE … SET"
+                    " default_transaction_isolation), and give your app its level with"
+                    " SQLALCHEMY_ENGINE_OPTIONS = {'isolation_level': …}."
+                )
             connection.execute(
                 sa.text("SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL READ COMMITTED")
             )
@@ -32,6 +66,15 @@ def connect(engine: Engine) -> Connection:
         connection.close()
         raise
     return connection
+
+
+def is_pooled(raw: t.Any, pid: int) -> bool:
+    """Whether a pooler stands before the database: it answers for a backend of its own making.
+
+    :param raw: the driver's connection.
+    :param pid: the backend that answered on it.
+    """
+    return bool(raw.info.backend_pid != pid)
 
 
 class Line:
@@ -58,6 +101,23 @@ class Line:
             self._connection = None
 
 
+def limits(timeout: float) -> dict[str, int]:
+    """libpq's settings by which a connection ends that no answer can come through any more, and an
+    attempt to connect.
+
+    Without them, who waits for an answer when the network is cut waits for two hours.
+
+    :param timeout: seconds within which that is found out.
+    """
+    return {
+        "connect_timeout": min(max(int(timeout / 3), 2), 10),
+        "keepalives_idle": max(int(timeout / 4), 1),
+        "keepalives_interval": max(int(timeout / 8), 1),
+        "keepalives_count": 3,
+        "tcp_user_timeout": int(timeout * 500),
+    }
+
+
 def renew(connection: t.Any, record: t.Any, proxy: t.Any) -> None:
     """When the pool hands out a connection that carries the name of a worker that has gone: let
     it connect anew."""
@@ -67,10 +127,14 @@ def renew(connection: t.Any, record: t.Any, proxy: t.Any) -> None:
 
 
 @contextlib.contextmanager
-def named(engines: t.Iterable[Engine], worker_id: uuid.UUID) -> t.Iterator[None]:
-    """Let all connections that the engines hand out carry the worker's name, so that another
-    worker can end them when this one is frozen; and no longer, once it has gone."""
-    name = application_name(worker_id)
+def named(engines: t.Iterable[Engine], name: str, timeout: float) -> t.Iterator[None]:
+    """Let all connections that the engines hand out carry a name, so that another worker can end
+    them when this one is frozen; and no longer, once it has gone.
+
+    :param name: their ``application_name``.
+    :param timeout: seconds within which they find out that the network is gone, unless the app
+        has settings of its own for that.
+    """
     gone = threading.Event()
 
     def do_connect(
@@ -78,7 +142,8 @@ def named(engines: t.Iterable[Engine], worker_id: uuid.UUID) -> t.Iterator[None]
     ) -> t.Any:
         record.info["beanqueue"] = gone
         # Not changed in place: later connections may be made with the same ones.
-        return dialect.connect(*args, **{**kwargs, "application_name": name})
+        kwargs = {**limits(timeout), **kwargs, "application_name": name}
+        return dialect.connect(*args, **kwargs)
 
     def connect(connection: t.Any, record: t.Any) -> None:
         if record.info.get("beanqueue") is gone:
@@ -92,7 +157,7 @@ def named(engines: t.Iterable[Engine], worker_id: uuid.UUID) -> t.Iterator[None]
         if "beanqueue" not in record.info:  # connected before: the pool connects it anew
             raise sa.exc.DisconnectionError
 
-    engines = [engine for engine in engines if engine.dialect.name == "postgresql"]
+    engines = {engine for engine in engines if engine.dialect.name == "postgresql"}
     listeners = (do_connect, connect, checkout)
     for engine in engines:
         for listener in listeners:

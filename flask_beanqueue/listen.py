@@ -9,6 +9,7 @@ import typing as t
 
 from sqlalchemy.engine import Connection, Engine
 
+from .connection import PoolerError, is_pooled, named, open_beside
 from .log import log, reason
 
 #: Seconds between two attempts to listen again.
@@ -59,16 +60,25 @@ class Listener:
 
     :param engine: where to connect.
     :param channels: the queue's channels.
-    :param application_name: what the database calls the connection; as the engine says, unless
-        given.
+    :param name: what the database calls the connection, if the engine does not say.
+    :param timeout: seconds within which it is to find out that the network is gone; with ``name``.
+    :param trusted: whether news is known to come through, even if a pooler is in between.
     """
 
     def __init__(
-        self, engine: Engine, channels: t.Iterable[str], application_name: str | None = None
+        self,
+        engine: Engine,
+        channels: t.Iterable[str],
+        *,
+        name: str | None = None,
+        timeout: float = 0.0,
+        trusted: bool = False,
     ) -> None:
         self._engine = engine
         self._names = [notify_name(channel) for channel in channels]
-        self._application_name = application_name
+        self._name = name
+        self._timeout = timeout
+        self._trusted = trusted
         self._connection: t.Any = None
         self._failing = False
         self.next_try = 0.0
@@ -82,17 +92,7 @@ class Listener:
         if self.listens or time.monotonic() < self.next_try:
             return False
         try:
-            borrowed = self._engine.raw_connection()
-            self._connection = borrowed.dbapi_connection
-            borrowed.detach()
-            self._connection.rollback()
-            self._connection.autocommit = True
-            with self._connection.cursor() as cursor:
-                if self._application_name is not None:
-                    cursor.execute(f"SET application_name = '{self._application_name}'")
-                for name in self._names:
-                    quoted = name.replace('"', '""')
-                    cursor.execute(f'LISTEN "{quoted}"')
+            self._connect()
             if self._failing:
                 log.info("The worker LISTENs again")
             self._failing = False
@@ -102,8 +102,30 @@ class Listener:
                 log.warning("LISTEN fails, polling meanwhile: %s", reason(error))
             self._failing = True
             self.close()
-            self.next_try = time.monotonic() + RETRY_AFTER
+            hopeless = isinstance(error, PoolerError)
+            self.next_try = float("inf") if hopeless else time.monotonic() + RETRY_AFTER
             return False
+
+    def _connect(self) -> None:
+        own = named([self._engine], self._name, self._timeout) if self._name else None
+        with own or contextlib.nullcontext():
+            borrowed = open_beside(self._engine)
+        self._connection = borrowed.dbapi_connection
+        borrowed.detach()
+        self._connection.rollback()
+        self._connection.autocommit = True
+        with self._connection.cursor() as cursor:
+            if not self._trusted:
+                cursor.execute("SELECT pg_backend_pid()")
+                if is_pooled(self._connection, cursor.fetchone()[0]):
+                    raise PoolerError(
+                        "a pooler stands before the database. Set BQ_LISTEN_DATABASE_URL to the"
+                        " database's own address (or to the pooler's, if it keeps a backend for"
+                        " each session), or BQ_LISTEN=false to poll without this message."
+                    )
+            for name in self._names:
+                quoted = name.replace('"', '""')
+                cursor.execute(f'LISTEN "{quoted}"')
 
     def fileno(self) -> int:
         """For a selector: readable when notifications have come, or the connection has gone."""

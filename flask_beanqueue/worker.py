@@ -29,6 +29,7 @@ from .listen import Listener, Source
 from .log import log, reason
 from .marks import Marks
 from .models import uuid7
+from .queries import application_name
 from .queue import Queue
 from .registry import Registry
 from .shutdown import OTHER, Summons
@@ -87,6 +88,8 @@ class Worker:
         self.burst = burst
         self.name = name or f"{socket.gethostname()}-{os.getpid()}"
         self.id = uuid7()
+        #: Where it LISTENs.
+        self.listen_engine = make_listen_engine(engine, config)
         check_pool(engine, self.concurrency)
 
         self._bell = Bell()
@@ -99,7 +102,7 @@ class Worker:
         self._writer = Writer(app, queue, config.BATCH_SIZE, self._released)
         self._marks = Marks(self.channels)
         self._suspect = Suspect()
-        self._source = source or Listener(engine, self.channels)
+        self._source = source or self.listener()
         self._line = Line(engine)
 
         #: There is nothing to claim before this time, unless there is news.
@@ -115,6 +118,19 @@ class Worker:
         self._grace_until = float("inf")
         self._attend_at = 0.0
         self._died = False
+
+    def listener(self, name: str | None = None) -> Listener:
+        """Make what it LISTENs with.
+
+        :param name: what the database calls the connection, if it is not this worker's own.
+        """
+        return Listener(
+            self.listen_engine,
+            self.channels,
+            name=name,
+            timeout=self.config.WORKER_HEARTBEAT_TIMEOUT,
+            trusted=self.config.LISTEN_DATABASE_URL is not None,
+        )
 
     # Life.
 
@@ -143,8 +159,10 @@ class Worker:
     def _run(self) -> None:
         with self.app.app_context():
             engines = list(self.queue.db.engines.values())
+        engines.append(self.listen_engine)
+        timeout = self.config.WORKER_HEARTBEAT_TIMEOUT
         with (
-            named(engines, self.id),
+            named(engines, application_name(self.id), timeout),
             self._bell,
             self._signal_handlers(),
             contextlib.closing(self._line),
@@ -521,6 +539,13 @@ class Worker:
         self._write()
 
 
+def make_listen_engine(engine: Engine, config: Config) -> Engine:
+    """An engine for LISTEN: the app's, unless it has an address of its own."""
+    if config.LISTEN_DATABASE_URL is None:
+        return engine
+    return sa.create_engine(config.LISTEN_DATABASE_URL, poolclass=sa.NullPool)
+
+
 def check_pool(engine: sa.Engine, concurrency: int) -> None:
     """Refuse more threads than the app's pool has connections.
 
@@ -530,10 +555,9 @@ def check_pool(engine: sa.Engine, concurrency: int) -> None:
     if not isinstance(pool, sa.pool.QueuePool) or pool._max_overflow < 0:
         return
     most = pool.size() + pool._max_overflow
-    if concurrency >= most:
+    if concurrency > most:
         raise ValueError(
-            f"{concurrency} tasks at once need as many connections, and one for the worker to"
-            f" connect with, but the app's pool has at most {most}. Lower --concurrency"
-            " (BQ_CONCURRENCY), or give it more with SQLALCHEMY_ENGINE_OPTIONS ="
-            f' {{"pool_size": {concurrency + 1}}}.'
+            f"{concurrency} tasks at once need as many connections, but the app's pool has at most"
+            f" {most}. Lower --concurrency (BQ_CONCURRENCY), or give it more with"
+            f' SQLALCHEMY_ENGINE_OPTIONS = {{"pool_size": {concurrency}}}.'
         )

@@ -21,7 +21,8 @@ TIMEOUT = 60.0
 
 
 def connect(url: str | None = None) -> Any:
-    url = url or os.environ["DATABASE_URL"]
+    # An app that goes through a pooler still has to reach the gates, which are locks of a session.
+    url = url or os.environ.get("PROBE_DATABASE_URL") or os.environ["DATABASE_URL"]
     connection = psycopg2.connect(re.sub(r"^postgresql\+\w+:", "postgresql:", url))
     connection.autocommit = True
     return connection

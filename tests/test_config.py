@@ -123,6 +123,11 @@ def test_a_value_is_read_from_the_text_of_the_environment(
         ("LISTEN", 1, "must be true or false, not 1"),
         ("NOTIFY", "yes", "must be true or false"),
         ("EVENT_MODEL", 1, "must be text or None, not 1"),
+        ("LISTEN_DATABASE_URL", 1, "must be text or None, not 1"),
+        ("LISTEN_DATABASE_URL", "postgres://host/name", r"such as postgresql\+psycopg2://user@"),
+        ("LISTEN_DATABASE_URL", "postgresql+asyncpg://host/name", "for psycopg2 or psycopg 3"),
+        ("LISTEN_DATABASE_URL", "sqlite://", "a URL of PostgreSQL"),
+        ("LISTEN_DATABASE_URL", "host", "a URL of PostgreSQL"),
     ],
 )
 def test_a_wrong_value_from_the_app_is_refused_by_name(name: str, value: t.Any, words: str) -> None:
@@ -154,6 +159,12 @@ def test_a_wrong_text_in_the_environment_is_refused_by_name(
 ) -> None:
     with pytest.raises(ConfigError, match=f"BQ_{name} .*{words}"):
         Config.load({}, {f"BQ_{name}": text})
+
+
+def test_an_address_that_is_refused_is_not_told() -> None:
+    with pytest.raises(ConfigError) as refused:
+        Config.load({"BQ_LISTEN_DATABASE_URL": "postgres://me:secret@host/name"}, {})
+    assert "secret" not in str(refused.value)
 
 
 def test_an_empty_variable_in_the_environment_is_an_unset_one() -> None:

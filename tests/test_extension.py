@@ -359,28 +359,28 @@ def test_a_worker_does_only_the_channels_that_it_is_given(
 
 
 @pytest.mark.parametrize("way", ["argument", "config"])
-def test_as_many_tasks_at_once_as_connections_leave_none_for_the_worker(
+def test_more_tasks_at_once_than_connections_are_refused(
     make_app: MakeApp, db: SQLAlchemy, bq: BeanQueue, way: str
 ) -> None:
     options = {"pool_size": 2, "max_overflow": 2}
-    config = {"BQ_CONCURRENCY": 4} if way == "config" else {}
+    config = {"BQ_CONCURRENCY": 5} if way == "config" else {}
     app = make_app(db, bq, SQLALCHEMY_ENGINE_OPTIONS=options, **config)
-    concurrency = 4 if way == "argument" else None
-    with pytest.raises(ValueError, match=r'4 tasks at once .* at most 4\. .*"pool_size": 5'):
+    concurrency = 5 if way == "argument" else None
+    with pytest.raises(ValueError, match=r'5 tasks at once .* at most 4\. .*"pool_size": 5'):
         bq.process_tasks(["default"], app=app, concurrency=concurrency)
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"pool_size": 2, "max_overflow": 3},
+        {"pool_size": 2, "max_overflow": 2},
         {"pool_size": 1, "max_overflow": -1},
         {"pool_size": 0},
         {"poolclass": sa.NullPool},
     ],
     ids=str,
 )
-def test_fewer_tasks_at_once_than_connections_are_fine(
+def test_as_many_tasks_at_once_as_connections_are_fine(
     make_app: MakeApp, db: SQLAlchemy, bq: BeanQueue, options: Any
 ) -> None:
     app = make_app(db, bq, SQLALCHEMY_ENGINE_OPTIONS=options)

@@ -18,7 +18,7 @@ from .probe import connect, query
 
 @pytest.fixture
 def fanout(app: Flask, bq: BeanQueue) -> Iterator[Fanout]:
-    listener = Listener(bq.engine(app), ["default"], "beanqueue listener")
+    listener = Listener(bq.engine(app), ["default"], name="beanqueue listener", timeout=20)
     with contextlib.closing(Fanout(listener, 2)) as fanout:
         yield fanout
 

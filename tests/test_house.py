@@ -23,11 +23,11 @@ FLOORS = """
     registry
     processor
     queue notify
-    connection
     queries
     models
     marks reloader supervisor fanout
     bell listen signals retry
+    connection
     arguments options config claim log errors shutdown
 """
 FLOOR = {
@@ -110,7 +110,8 @@ def test_one_module_knows_of_a_current_app() -> None:
 
 #: What is said to a connection and not about the queue.
 TO_THE_CONNECTION = {
-    "connection": {"SELECT current_setting('default_transaction_isolation')"},
+    "connection": {"SELECT current_setting('default_transaction_isolation'), pg_backend_pid()"},
+    "listen": {"SELECT pg_backend_pid()"},
 }
 
 

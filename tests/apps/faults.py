@@ -30,6 +30,7 @@ def create_app() -> Flask:
     app = Flask(__name__)
     app.config["SQLALCHEMY_DATABASE_URI"] = os.environ["DATABASE_URL"]
     app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {"pool_size": 20}
+    app.config.from_prefixed_env()
     db.init_app(app)
     bq.init_app(app)
 

@@ -1,0 +1,88 @@
+"""The connections of the queue's own: how they are made, and what ends them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+
+from flask_beanqueue import BeanQueue
+from flask_beanqueue.connection import Line, connect, limits, named
+from flask_beanqueue.listen import Listener
+
+from .conftest import MakeApp
+
+
+@pytest.fixture
+def full_engine(make_app: MakeApp, db: SQLAlchemy, bq: BeanQueue) -> Iterator[sa.Engine]:
+    """An engine whose pool has nothing left to give."""
+    options = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 1}
+    app = make_app(db, bq, SQLALCHEMY_ENGINE_OPTIONS=options)
+    engine = bq.engine(app)
+    with engine.connect():
+        yield engine
+
+
+def test_the_queues_connections_wait_for_none_of_the_apps(full_engine: sa.Engine) -> None:
+    """Or a worker whose tasks use all of them could not come back after an outage, and be taken
+    for dead."""
+    with contextlib.closing(Line(full_engine)) as line:
+        assert line.connection.scalar(sa.text("SELECT 1")) == 1
+    with contextlib.closing(Listener(full_engine, ["default"])) as listener:
+        assert listener.listen()
+    assert full_engine.pool.checkedout() == 1  # type: ignore[attr-defined]
+
+
+def test_the_queues_connections_are_made_as_the_app_makes_its_own(
+    make_app: MakeApp, db: SQLAlchemy, bq: BeanQueue
+) -> None:
+    options = {"connect_args": {"options": "-c work_mem=5MB"}}
+    engine = bq.engine(make_app(db, bq, SQLALCHEMY_ENGINE_OPTIONS=options))
+    connected = []
+    sa.event.listen(engine, "connect", lambda connection, record: connected.append(connection))
+    with contextlib.closing(connect(engine)) as connection:
+        assert connection.scalar(sa.text("SHOW work_mem")) == "5MB"
+    assert len(connected) == 1
+
+
+def settings(engine: sa.Engine) -> dict[str, str]:
+    """What libpq was given for a connection."""
+    with engine.connect() as connection:
+        info: Any = connection.connection.dbapi_connection.info  # type: ignore[union-attr]
+        return dict(info.dsn_parameters if engine.driver == "psycopg2" else info.get_parameters())
+
+
+def test_connections_of_a_worker_find_out_when_the_network_is_gone(
+    app: Flask, bq: BeanQueue
+) -> None:
+    engine = bq.engine(app)
+    with named([engine], "beanqueue test", timeout=20):
+        found = settings(engine)
+    assert {name: int(found[name]) for name in limits(20)} == limits(20)
+    assert found["application_name"] == "beanqueue test"
+
+
+def test_what_the_app_says_of_its_connections_goes_before(
+    make_app: MakeApp, db: SQLAlchemy, bq: BeanQueue
+) -> None:
+    options = {"connect_args": {"tcp_user_timeout": 12345, "keepalives": 0}}
+    engine = bq.engine(make_app(db, bq, SQLALCHEMY_ENGINE_OPTIONS=options))
+    with named([engine], "beanqueue test", timeout=20):
+        found = settings(engine)
+    assert (found["tcp_user_timeout"], found["keepalives"]) == ("12345", "0")
+    assert found["keepalives_idle"] == "5"
+
+
+@pytest.mark.parametrize("timeout", [0.2, 1, 2, 3, 5, 10, 20, 30, 100, 3600])
+def test_the_end_of_a_connection_is_found_out_within_the_timeout(timeout: float) -> None:
+    each = limits(timeout)
+    idle = each["keepalives_idle"] + each["keepalives_interval"] * each["keepalives_count"]
+    # Whole seconds, and at least one.
+    assert idle <= max(timeout, 4)
+    assert 0 < each["tcp_user_timeout"] / 1000 <= timeout
+    assert 2 <= each["connect_timeout"] <= max(timeout, 2)

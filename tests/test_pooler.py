@@ -1,0 +1,140 @@
+"""PgBouncer in transaction mode between the app, its workers and the database."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import sqlalchemy as sa
+from flask import Flask
+
+from .apps import faults
+from .pooler import installed, pooler
+from .probe import Probe, query
+from .processes import Processes
+
+pytestmark = pytest.mark.skipif(
+    installed() is None and os.environ.get("REQUIRE_POOLER") != "1",
+    reason="There is no PgBouncer. (With REQUIRE_POOLER=1 this would be a failure.)",
+)
+
+APP = "tests.apps.faults"
+HEARTBEAT = {"BQ_WORKER_HEARTBEAT_PERIOD": 0.2, "BQ_WORKER_HEARTBEAT_TIMEOUT": 1.5}
+
+
+@pytest.fixture
+def pooled_url(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The database through the pooler; also for the app, and for what the processes start with."""
+    with pooler(database_url) as url:
+        monkeypatch.setenv("DATABASE_URL", url)
+        monkeypatch.setenv("PROBE_DATABASE_URL", database_url)
+        if sa.make_url(database_url).get_driver_name() == "psycopg":
+            # Debian's PgBouncer is too old for prepared statements.
+            options = '{"pool_size": 20, "connect_args": {"prepare_threshold": null}}'
+            monkeypatch.setenv("FLASK_SQLALCHEMY_ENGINE_OPTIONS", options)
+        yield url
+
+
+@pytest.fixture
+def app(pooled_url: str, probe: Probe) -> Iterator[Flask]:
+    app = faults.create_app()
+    with app.app_context():
+        faults.db.create_all()
+        probe.listen_states()
+        yield app
+        faults.db.session.remove()
+        faults.db.engine.dispose()
+
+
+@pytest.fixture
+def pooled(pooled_url: str) -> Iterator[Processes]:
+    """Processes whose database is behind the pooler."""
+    processes = Processes(pooled_url)
+    yield processes
+    processes.clean_up()
+
+
+def effects(url: str) -> list[str]:
+    return [text for (text,) in query(url, "SELECT text FROM effect ORDER BY id")]
+
+
+def test_a_worker_behind_a_pooler_says_so_and_polls(
+    app: Flask, database_url: str, probe: Probe, pooled: Processes
+) -> None:
+    worker = pooled.worker(APP, **HEARTBEAT)
+    assert "Set BQ_LISTEN_DATABASE_URL" in worker.output
+    assert "polling every 1 s" in worker.output
+    for number in range(100):  # more often than psycopg 3 waits before it prepares
+        faults.number.enqueue(number=number)
+        faults.db.session.commit()
+    probe.wait_until(lambda: probe.heard.count("number DONE") == 100)
+    assert sorted(effects(database_url), key=int) == [str(number) for number in range(100)]
+    assert worker.stop() == 0
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_with_the_databases_own_address_a_worker_behind_a_pooler_is_woken(
+    app: Flask, database_url: str, probe: Probe, pooled: Processes, processes: int
+) -> None:
+    arguments = ["--processes", str(processes)] if processes > 1 else []
+    settings = {"BQ_LISTEN_DATABASE_URL": database_url, "BQ_POLL_TIMEOUT": 300}
+    worker = pooled.worker(APP, *arguments, **HEARTBEAT, **settings)
+    assert "pooler" not in worker.output
+    for number in range(5):
+        faults.number.enqueue(number=number)
+        faults.db.session.commit()
+        probe.wait("number DONE")
+    assert worker.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("point", "task"),
+    [
+        ("before flush", "freeze_first"),
+        ("after flush", "freeze_flushed"),
+        ("in commit", "freeze_in_commit"),
+    ],
+)
+def test_a_frozen_worker_behind_a_pooler_holds_nobody_up_and_leaves_no_trace(
+    app: Flask, database_url: str, probe: Probe, pooled: Processes, point: str, task: str
+) -> None:
+    first = pooled.worker(APP, "--name", "first", **HEARTBEAT)
+    with probe.gate(point) as open_gate:
+        getattr(faults, task).enqueue()
+        faults.db.session.commit()
+        probe.wait(point)
+        first.freeze()
+        open_gate()
+    second = pooled.worker(APP, "--name", "second", **HEARTBEAT)
+    probe.wait(f"{task} DONE")
+    first.thaw()
+    assert first.wait() == 1
+    assert effects(database_url) == [task]
+    assert second.stop() == 0
+
+
+def test_a_killed_workers_task_is_done_by_another_behind_a_pooler(
+    app: Flask, database_url: str, probe: Probe, pooled: Processes
+) -> None:
+    first = pooled.worker(APP, **HEARTBEAT)
+    with probe.gate("waiting mail"):
+        faults.wait.enqueue(name="mail")
+        faults.db.session.commit()
+        probe.wait("waiting mail")
+        first.kill()
+    pooled.worker(APP, **HEARTBEAT)
+    probe.wait("wait DONE")
+    assert effects(database_url) == ["mail"]
+
+
+def test_an_isolation_level_that_a_pooler_would_not_keep_is_refused(
+    app: Flask, database_url: str, pooled: Processes
+) -> None:
+    name = sa.make_url(database_url).database
+    query(database_url, f"ALTER DATABASE {name} SET default_transaction_isolation = serializable")
+    faults.db.engine.dispose()
+    with pooler(database_url) as url:  # with new backends
+        worker = pooled.flask("--app", APP, "bq", "worker", DATABASE_URL=url)
+        assert worker.wait() == 1
+    assert "Error: The database's default_transaction_isolation is 'serializable'" in worker.output
