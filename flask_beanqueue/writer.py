@@ -169,14 +169,11 @@ class Writer:
                     self._keep(part)  # a trigger of the app's own waits for some other lock
                 elif unlocked:
                     self._write_part(connection, unlocked)
-            elif not is_refusal(error):
-                raise
-            elif len(part) > 1:
-                half = len(part) // 2
-                self._write_part(connection, part[:half])
-                self._write_part(connection, part[half:])
+            elif is_refusal(error):
+                self._queue.queries.check_tables(connection)  # or nothing at all can be written
+                self._write_without(connection, part, error)
             else:
-                self._fall_back(part[0], error)
+                raise
             return
         told = not plain or outcomes.tells_success()
         for outcome in written:
@@ -192,6 +189,17 @@ class Writer:
             if outcome.claim in self.held and outcome.claim not in self._unsure:
                 outcomes.lost(outcome)
             self.release(outcome.claim)
+
+    def _write_without(
+        self, connection: Connection, part: list[Outcome], error: BaseException
+    ) -> None:
+        """Write outcomes without the one that the database refuses."""
+        if len(part) > 1:
+            half = len(part) // 2
+            self._write_part(connection, part[:half])
+            self._write_part(connection, part[half:])
+        else:
+            self._fall_back(part[0], error)
 
     def _fall_back(self, outcome: Outcome, error: BaseException) -> None:
         """Let something else be written in place of an outcome that the database refuses."""

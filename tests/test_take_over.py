@@ -149,6 +149,47 @@ def test_an_outcome_that_is_refused_holds_up_no_other_and_is_given_up_in_the_end
     assert caplog.text.count("nothing can be written of it") == 1
 
 
+def test_a_trigger_that_is_broken_for_one_task_holds_up_no_other(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, take_over: Callable[[], None]
+) -> None:
+    with app.app_context():
+        db.session.execute(
+            sa.text(
+                """
+                CREATE FUNCTION odd() RETURNS trigger LANGUAGE plpgsql AS $$
+                BEGIN
+                    PERFORM NEW.no_such_column;
+                    RETURN NEW;
+                END $$;
+                CREATE TRIGGER odd BEFORE UPDATE ON bq_tasks FOR EACH ROW
+                    WHEN (NEW.func_name = 'odd') EXECUTE FUNCTION odd();
+                """
+            )
+        )
+        odd, *others = (held(bq, name=name) for name in ("odd", "f", "f"))
+        db.session.add_all([odd, *others])
+        db.session.commit()
+        take_over()
+        assert [task.state for task in (odd, *others)] == ["PROCESSING", "PENDING", "PENDING"]
+
+
+def test_no_outcome_is_given_up_because_none_can_be_written(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, take_over: Callable[[], None]
+) -> None:
+    """A table is missing or a right was revoked: that is no fault of any task."""
+    with app.app_context():
+        tasks = [held(bq) for _ in range(3)]
+        db.session.add_all(tasks)
+        db.session.execute(sa.text("ALTER TABLE bq_events RENAME TO elsewhere"))
+        db.session.commit()
+        with pytest.raises(sa.exc.ProgrammingError, match='"bq_events" does not exist'):
+            take_over()
+        db.session.execute(sa.text("ALTER TABLE elsewhere RENAME TO bq_events"))
+        db.session.commit()
+        take_over()
+        assert [task.state for task in tasks] == ["PENDING"] * 3
+
+
 def test_events_that_cannot_be_written_keep_no_task_from_being_taken_over(
     app: Flask, db: SQLAlchemy, bq: BeanQueue, take_over: Callable[[], None]
 ) -> None:
