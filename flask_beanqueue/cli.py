@@ -25,7 +25,7 @@ from .listen import Source
 from .log import log, reason
 from .queries import application_name
 from .registry import import_packages
-from .supervisor import Supervisor
+from .supervisor import Place, Supervisor
 from .worker import Worker, WorkerDied
 
 #: Error codes of PostgreSQL.
@@ -93,12 +93,15 @@ def worker_command(
     app, bq = current()
     log_to_stderr(verbose)
 
-    def make(index: int = 0, source: Source | None = None) -> Worker:
-        own = f"{name}-{index + 1}" if name and processes > 1 else name
+    def make(place: Place | None = None, source: Source | None = None) -> Worker:
+        own = f"{name}-{place.number + 1}" if name and place else name
         try:
-            return bq.worker(
+            worker = bq.worker(
                 channels, app=app, concurrency=concurrency, burst=burst, name=own, source=source
             )
+            if place is not None:
+                worker.takes_place(place.worker_id, place.predecessors)
+            return worker
         except (RuntimeError, ValueError) as error:
             raise click.ClickException(str(error)) from error
 
@@ -110,11 +113,11 @@ def worker_command(
             return 1
         return 0
 
-    def work(index: int, source: Source) -> int:
+    def work(place: Place, source: Source) -> int:
         forget_connections(app, bq)
         try:
             with readable_errors():
-                return run(make(index, source))
+                return run(make(place, source))
         except click.ClickException as error:
             error.show()
             return error.exit_code
@@ -140,16 +143,16 @@ def worker_command(
         raise click.exceptions.Exit(code)
 
 
-def supervise(worker: Worker, work: t.Callable[[int, Source], int], processes: int) -> int:
+def supervise(worker: Worker, work: t.Callable[[Place, Source], int], processes: int) -> int:
     """Run several processes, for all of which this one LISTENs.
 
     :param worker: what they will be like.
-    :param work: what each does, given its number and what tells it of news.
+    :param work: what each does, given its place and what tells it of news.
     """
     listener = worker.listener(application_name("listener"))
     with contextlib.closing(Fanout(listener, processes)) as fanout:
         return Supervisor(
-            lambda index: work(index, fanout.subscription(index)),
+            lambda place: work(place, fanout.subscription(place.number)),
             processes,
             replaces=not worker.burst,
             source=fanout if worker.config.LISTEN else None,

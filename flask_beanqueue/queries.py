@@ -285,6 +285,12 @@ class Queries:
             UNION ALL SELECT false, id, name FROM buried
         """).columns(id=postgresql.UUID(as_uuid=True))
 
+        # For those of which it is known.
+        self._bury = self._text("""
+            UPDATE {workers} SET state = 'NO_HEARTBEAT'
+            WHERE id = ANY (CAST(:ids AS uuid[])) AND state = 'RUNNING'
+        """)
+
         self._retire = self._text("""
             UPDATE {workers} SET state = 'SHUTDOWN' WHERE id = :id AND state = 'RUNNING'
         """)
@@ -498,6 +504,10 @@ class Queries:
             self._beat, {"id": worker_id, "timeout": timeout, "bury": bury}
         ).all()
         return any(row.own for row in rows), [(row.id, row.name) for row in rows if not row.own]
+
+    def bury(self, connection: Connection, worker_ids: t.Iterable[uuid.UUID]) -> None:
+        """Declare workers dead whose processes have ended, unless they left in order."""
+        connection.execute(self._bury, {"ids": list(worker_ids)})
 
     def retire(self, connection: Connection, worker_id: uuid.UUID) -> None:
         """Mark a worker as shut down."""

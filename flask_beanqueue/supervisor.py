@@ -10,18 +10,32 @@ import threading
 import time
 import traceback
 import typing as t
+import uuid
 
 from .bell import Bell
 from .listen import Source
 from .log import log
+from .models import uuid7
 from .shutdown import Relay, end_on_signals
 
 #: Seconds after which a process counts as well started.
 STEADY = 5.0
 #: Processes that may fail to start in a row, for each that there should be.
 ATTEMPTS = 3
-#: Seconds before each start while they do.
+#: Seconds before each start while processes end early one after the other.
 PAUSE = 1.0
+
+
+class Place(t.NamedTuple):
+    """What a process is told when it is started."""
+
+    #: Which of the processes it is, from 0.
+    number: int
+    #: What the database is to call its worker.
+    worker_id: uuid.UUID
+    #: Those that had the place before it, and did not leave in order. Nobody knows it sooner than
+    #: their parent: they need not be waited for until their heartbeats are missed.
+    predecessors: tuple[uuid.UUID, ...]
 
 
 def flush() -> None:
@@ -37,7 +51,7 @@ class Supervisor:
     It must be used before the process has threads. If it is killed itself, its processes get
     SIGTERM.
 
-    :param start: what a process does, given its number; its answer is the exit code.
+    :param start: what a process does, given its place; its answer is the exit code.
     :param processes: how many.
     :param replaces: whether a process that ends well is replaced, too.
     :param source: what is to be listened to and drained for the processes.
@@ -45,7 +59,7 @@ class Supervisor:
 
     def __init__(
         self,
-        start: t.Callable[[int], int],
+        start: t.Callable[[Place], int],
         processes: int,
         *,
         replaces: bool = True,
@@ -58,9 +72,12 @@ class Supervisor:
         self._bell = Bell()
         #: The numbers of processes that are to be started, and when.
         self._vacant = dict.fromkeys(range(processes), 0.0)
-        self._children: dict[int, tuple[int, float]] = {}
+        self._children: dict[int, tuple[Place, float]] = {}
+        #: By number, the workers that have died there since one last got on.
+        self._dead: dict[int, tuple[uuid.UUID, ...]] = dict.fromkeys(range(processes), ())
         self._lifeline = os.pipe()
         self._failures = 0
+        self._early = 0
         self._relay = Relay(self._children)
         self._failed = False
 
@@ -105,10 +122,10 @@ class Supervisor:
             if pid == 0:
                 break
             if pid in self._children:
-                index, since = self._children.pop(pid)
-                self._ended(index, pid, time.monotonic() - since, os.waitstatus_to_exitcode(status))
+                place, since = self._children.pop(pid)
+                self._ended(place, pid, time.monotonic() - since, os.waitstatus_to_exitcode(status))
 
-    def _ended(self, index: int, pid: int, lived: float, code: int) -> None:
+    def _ended(self, place: Place, pid: int, lived: float, code: int) -> None:
         """Replace a process, unless it was to end or cannot start at all."""
         if self._relay.stopping:
             self._failed |= code != 0
@@ -117,37 +134,40 @@ class Supervisor:
             return
         how = f"was ended by signal {-code}" if code < 0 else f"left with exit code {code}"
         early = lived < STEADY
+        self._early = self._early + 1 if early else 0
         if code >= 0:  # who is killed may have started well: a task may have done it
             self._failures = self._failures + 1 if early and code else 0
+        number = place.number
         if self._failures >= ATTEMPTS * self._processes:
-            log.error("Worker process %d (%d) %s; none can start: giving up", index + 1, pid, how)
+            log.error("Worker process %d (%d) %s; none can start: giving up", number + 1, pid, how)
             self._failed = True
             self._relay.stop()
             return
-        log.error("Worker process %d (%d) %s; a new one takes its place", index + 1, pid, how)
+        log.error("Worker process %d (%d) %s; a new one takes its place", number + 1, pid, how)
+        self._dead[number] = (*(place.predecessors if early else ()), place.worker_id)
         at = time.monotonic()
-        if early:  # one after the other: N at a time would be given up too soon
+        if self._early > 1:  # one after the other: N at a time would be given up too soon
             at = max([at, *self._vacant.values()]) + PAUSE
-        self._vacant[index] = at
+        self._vacant[number] = at
 
     def _fill(self) -> None:
         """Start the processes that are to be started by now."""
         now = time.monotonic()
-        for index in [index for index, at in self._vacant.items() if at <= now]:
-            del self._vacant[index]
-            self._fork(index)
+        for number in [number for number, at in self._vacant.items() if at <= now]:
+            del self._vacant[number]
+            self._fork(Place(number, uuid7(), self._dead[number]))
 
-    def _fork(self, index: int) -> None:
+    def _fork(self, place: Place) -> None:
         with self._relay.held() as mask:
             if self._relay.stopping:
                 return
             flush()  # or the child would have it, too
             pid = os.fork()
             if pid == 0:
-                self._run_child(index, mask)
-            self._children[pid] = index, time.monotonic()
+                self._run_child(place, mask)
+            self._children[pid] = place, time.monotonic()
 
-    def _run_child(self, index: int, mask: t.Collection[int]) -> t.NoReturn:
+    def _run_child(self, place: Place, mask: t.Collection[int]) -> t.NoReturn:
         code = 1
         try:
             signal.set_wakeup_fd(-1)  # the parent's
@@ -156,7 +176,7 @@ class Supervisor:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             os.close(self._lifeline[1])
             threading.Thread(target=self._follow, daemon=True).start()
-            code = self._start(index)
+            code = self._start(place)
         except BaseException:
             traceback.print_exc()
         finally:

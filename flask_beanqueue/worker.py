@@ -11,6 +11,7 @@ import threading
 import time
 import types
 import typing as t
+import uuid
 
 import sqlalchemy as sa
 from flask import Flask
@@ -88,6 +89,7 @@ class Worker:
         self.burst = burst
         self.name = name or f"{socket.gethostname()}-{os.getpid()}"
         self.id = uuid7()
+        self._predecessors: t.Collection[uuid.UUID] = ()
         #: Where it LISTENs.
         self.listen_engine = make_listen_engine(engine, config)
         check_pool(engine, self.concurrency)
@@ -132,6 +134,12 @@ class Worker:
             trusted=self.config.LISTEN_DATABASE_URL is not None,
         )
 
+    def takes_place(self, worker_id: uuid.UUID, predecessors: t.Collection[uuid.UUID]) -> None:
+        """Before it runs: be the worker of that id, and take over from those that were there
+        before and are known to have ended."""
+        self.id = worker_id
+        self._predecessors = predecessors
+
     # Life.
 
     def run(self) -> None:
@@ -171,6 +179,8 @@ class Worker:
             queries = self.queue.queries
             queries.check_tables(self._line.connection)
             queries.add_worker(self._line.connection, self.id, self.name, self.channels)
+            if self._predecessors:
+                queries.bury(self._line.connection, self._predecessors)
             heartbeat = Heartbeat(
                 self.engine,
                 queries,

@@ -16,7 +16,7 @@ FLOORS = """
     cli
     extension
     worker
-    heartbeat crew writer suspect
+    heartbeat crew writer suspect supervisor
     executor
     fence
     outcome
@@ -25,7 +25,7 @@ FLOORS = """
     queue notify
     queries
     models
-    marks reloader supervisor fanout
+    marks reloader fanout
     bell listen signals retry
     connection
     arguments options config claim log errors shutdown
