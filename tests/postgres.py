@@ -23,7 +23,7 @@ import tempfile
 import time
 import urllib.parse
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -33,7 +33,85 @@ import psycopg2
 FOLDER = Path(__file__).resolve().parent.parent / ".postgres"
 INSTALLS = {16: "pginstall", 18: "pginstall18"}
 FAST = ["fsync=off", "synchronous_commit=off", "full_page_writes=off"]
+INITDB = ["--username=postgres", "--auth=trust", "--encoding=UTF8", "--no-locale"]
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Server:
+    """A PostgreSQL on data of its own, which can be stopped and started again.
+
+    :param install: where its binaries are, in ``bin``.
+    :param data: its data directory.
+    :param run: a folder for its socket and its log.
+    :param settings: as ``postgres -c`` takes them.
+    :param detached: how its processes are started.
+    :param port: where it listens on 127.0.0.1, too. Without one, it has its socket only.
+    """
+
+    def __init__(
+        self,
+        install: Path,
+        data: Path,
+        run: Path,
+        settings: Sequence[str],
+        detached: dict[str, Any],
+        port: int | None = None,
+    ) -> None:
+        self.install = install
+        self.data = data
+        self.run = run
+        self.settings = [
+            f"unix_socket_directories={run}",
+            "listen_addresses=" if port is None else "listen_addresses=127.0.0.1",
+            *([] if port is None else [f"port={port}"]),
+            *settings,
+        ]
+        self.detached = detached
+        self.port = port
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """How to reach it by its socket."""
+        port = "" if self.port is None else f"&port={self.port}"
+        return f"postgresql+psycopg2://postgres@/postgres?host={self.run}{port}"
+
+    def start(self) -> None:
+        command = [f"{self.install}/bin/postgres", "-D", str(self.data)]
+        for setting in self.settings:
+            command += ["-c", setting]
+        with _undisturbed(), (self.run / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                command, stdout=log, stderr=log, preexec_fn=_end_with_parent, **self.detached
+            )
+        if not _answers(self.url, self._process):
+            raise RuntimeError(f"PostgreSQL did not start:\n{(self.run / 'log').read_text()}")
+
+    def stop(self, signum: int = signal.SIGINT) -> None:
+        """Stop it.
+
+        :param signum: SIGINT to end what goes on, SIGQUIT to crash.
+        """
+        process, self._process = self._process, None
+        if process is None:
+            return
+        for number in (signum, signal.SIGQUIT, signal.SIGKILL):  # immediately, as a last resort
+            process.send_signal(number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=30)
+                return
+
+    def execute(self, statement: str) -> None:
+        _execute(self.url, statement)
+
+    def command(self, name: str, *arguments: str) -> None:
+        """Run one of its programs."""
+        with _undisturbed(), (self.run / "log").open("ab") as log:
+            done = subprocess.run(
+                [f"{self.install}/bin/{name}", *arguments], stdout=log, stderr=log, **self.detached
+            )
+        if done.returncode:
+            raise RuntimeError(f"PostgreSQL's {name} failed:\n{(self.run / 'log').read_text()}")
 
 
 @contextlib.contextmanager
@@ -44,6 +122,19 @@ def server(*, version: int = 18, fast: bool = False, data: Path | None = None) -
     :param fast: Do without durability. For tests; a benchmark would lie.
     :param data: A folder that is kept for the next time. Without it, the data is thrown away.
     """
+    with running(version=version, settings=FAST if fast else [], data=data) as each:
+        yield each.url
+
+
+@contextlib.contextmanager
+def running(
+    *,
+    version: int = 18,
+    settings: Sequence[str] = (),
+    data: Path | None = None,
+    port: int | None = None,
+) -> Iterator[Server]:
+    """Run a PostgreSQL; as :func:`server`, for who has more to do with it."""
     with contextlib.ExitStack() as clean_up:
         # Not TMPDIR: the path of a Unix socket has room for 107 bytes.
         run = Path(clean_up.enter_context(tempfile.TemporaryDirectory(prefix="pg-", dir="/tmp")))
@@ -71,28 +162,40 @@ def server(*, version: int = 18, fast: bool = False, data: Path | None = None) -
         else:
             cluster = Path(clean_up.enter_context(tempfile.TemporaryDirectory(dir=parent)))
             os.chown(cluster, user, group)
-            initdb = [f"{install}/bin/initdb", f"--pgdata={cluster}", "--username=postgres"]
-            initdb += ["--auth=trust", "--encoding=UTF8", "--no-locale"]
-            with _undisturbed(), (run / "log").open("wb") as log:
-                done = subprocess.run(initdb, stdout=log, stderr=log, **detached)
-            if done.returncode:
-                raise RuntimeError(f"PostgreSQL's initdb failed:\n{(run / 'log').read_text()}")
+        each = Server(install, cluster, run, ["max_connections=300", *settings], detached, port)
+        if cluster != keep:
+            each.command("initdb", f"--pgdata={cluster}", *INITDB)
             if keep:  # Only now, so that an initdb that failed leaves nothing.
-                cluster = cluster.rename(keep)
+                each.data = cluster.rename(keep)
+        clean_up.callback(each.stop)
+        each.start()
+        yield each
 
-        settings = ["listen_addresses=", f"unix_socket_directories={run}", "max_connections=300"]
-        postgres = [f"{install}/bin/postgres", "-D", str(cluster)]
-        for setting in settings + (FAST if fast else []):
-            postgres += ["-c", setting]
-        with _undisturbed(), (run / "log").open("wb") as log:
-            process = subprocess.Popen(
-                postgres, stdout=log, stderr=log, preexec_fn=_end_with_parent, **detached
-            )
-            clean_up.callback(_stop, process)
-        url = f"postgresql+psycopg2://postgres@/postgres?host={run}"
-        if not _answers(url, process):
-            raise RuntimeError(f"PostgreSQL did not start:\n{(run / 'log').read_text()}")
-        yield url
+
+@contextlib.contextmanager
+def standby(primary: Server, port: int, name: str) -> Iterator[Server]:
+    """Run a copy of a server that follows it.
+
+    :param name: what the primary calls it, in ``synchronous_standby_names``.
+    """
+    user, group = primary.detached.get("user", -1), primary.detached.get("group", -1)
+    with contextlib.ExitStack() as clean_up:
+        run = Path(clean_up.enter_context(tempfile.TemporaryDirectory(prefix="pg-", dir="/tmp")))
+        data = run / "data"
+        os.chown(run, user, group)
+        source = f"host={primary.run} port={primary.port or 5432} user=postgres"
+        primary.command(
+            "pg_basebackup",
+            f"--dbname={source} application_name={name}",
+            f"--pgdata={data}",
+            "--checkpoint=fast",
+            "--write-recovery-conf",
+        )
+        settings = [each for each in primary.settings if "max_connections" in each]
+        each = Server(primary.install, data, run, settings, primary.detached | {"cwd": run}, port)
+        clean_up.callback(each.stop)
+        each.start()
+        yield each
 
 
 @contextlib.contextmanager
@@ -179,14 +282,6 @@ def _answers(url: str, process: subprocess.Popen[bytes], timeout: float = 60) ->
             return True
         time.sleep(0.02)
     return False
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    for signum in (signal.SIGINT, signal.SIGQUIT, signal.SIGKILL):  # fast, immediate, last resort
-        process.send_signal(signum)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=30)
-            return
 
 
 def _execute(url: str, statement: str) -> None:
