@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any
 
 #: What a worker says when it is ready.
@@ -18,11 +19,14 @@ class Process:
     """A command whose output is kept, in a process group of its own.
 
     :param arguments: what comes after ``python``.
+    :param prefix: what comes before it.
     """
 
-    def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, *arguments: str, env: dict[str, str] | None = None, prefix: Iterable[str] = ()
+    ) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "error", *arguments],
+            [*prefix, sys.executable, "-W", "error", *arguments],
             env=os.environ | {"PYTHONUNBUFFERED": "1"} | (env or {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -46,6 +50,11 @@ class Process:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def code(self) -> int | None:
+        """The exit code, once it has ended."""
+        return self._process.poll()
 
     @property
     def output(self) -> str:

@@ -1,0 +1,82 @@
+"""The command: conducts trials, and prints what they came to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from .ledger import Verdict
+from .scenarios import SCENARIOS, NotHere
+from .systems import NAMES
+from .trial import conduct
+
+HEAD = ["scenario", "faults", "tasks", "lost", "doubled", "recovery", "after/before", "remarks"]
+
+
+def row(verdict: Verdict) -> list[str]:
+    return [
+        verdict.scenario,
+        str(verdict.faults),
+        f"{verdict.tasks:,}",
+        str(verdict.lost),
+        str(verdict.doubled),
+        "never" if verdict.recovery is None else f"{verdict.recovery:.1f} s",
+        f"{verdict.after:.0f}/{verdict.before:.0f} = {verdict.ratio:.2f}",
+        "; ".join(verdict.remarks),
+    ]
+
+
+def passed(verdict: Verdict) -> bool:
+    return verdict.lost == verdict.doubled == 0 and verdict.recovery is not None
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("names", nargs=-1, metavar="[SCENARIO]...")
+@click.option("--system", type=click.Choice(NAMES), default="ours", help="Which queue.")
+@click.option("--list", "lists", is_flag=True, help="List the scenarios.")
+@click.option("--hasty", is_flag=True, help="Repeat each fault a few times only.")
+@click.option("--output", type=click.Path(path_type=Path), help="Write the verdicts as JSON, too.")
+def main(
+    names: tuple[str, ...], system: str, lists: bool, hasty: bool, output: Path | None
+) -> None:
+    """Put the queue through faults, and see what is lost, what is doubled and what it takes.
+
+    A SCENARIO is any part of a scenario's name; without one, all of them come about. The exit code
+    is 1 if something was lost or doubled, or if workers did not come back to 95 % of their rate.
+    """
+    chosen = [
+        each for name, each in SCENARIOS.items() if not names or any(part in name for part in names)
+    ]
+    if not chosen:
+        raise click.UsageError(f"No scenario's name has {names} in it. --list lists them.")
+    if lists:
+        click.echo("\n".join(each.name for each in chosen))
+        return
+    verdicts = []
+    skipped = 0
+    click.echo(" | ".join(HEAD))
+    for each in chosen:
+        try:
+            verdict = conduct(each, system, hasty=hasty)
+        except NotHere as reason:
+            click.echo(f"{each.name} | not done: {reason}")
+            skipped += 1
+            continue
+        verdicts.append(verdict)
+        click.echo(" | ".join(row(verdict)))
+    if output is not None:
+        output.write_text(json.dumps([dataclasses.asdict(each) for each in verdicts], indent=1))
+    click.echo(
+        f"{sum(each.faults for each in verdicts)} faults, {sum(each.tasks for each in verdicts)}"
+        f" tasks, {sum(each.lost for each in verdicts)} lost,"
+        f" {sum(each.doubled for each in verdicts)} doubled; {skipped} scenarios not done"
+    )
+    sys.exit(0 if all(map(passed, verdicts)) else 1)
+
+
+if __name__ == "__main__":
+    main()

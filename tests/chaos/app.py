@@ -1,0 +1,76 @@
+"""The app under test: a shop."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import sqlalchemy as sa
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy.orm import Session
+
+from flask_beanqueue import BeanQueue
+
+db = SQLAlchemy()
+bq = BeanQueue(db=db)
+
+#: Of so many sales, one is posted and not shipped.
+POSTED = 4
+
+
+class Sale(db.Model):  # type: ignore[name-defined, misc]
+    number = sa.Column(sa.Integer, primary_key=True)
+
+
+class Shipment(db.Model):  # type: ignore[name-defined, misc]
+    id = sa.Column(sa.Integer, primary_key=True)
+    number = sa.Column(sa.Integer, nullable=False)
+    at = sa.Column(
+        sa.DateTime(timezone=True), nullable=False, server_default=sa.func.clock_timestamp()
+    )
+
+
+def take_time() -> None:
+    """Wait as for somebody else's answer, unless it is closing time."""
+    if not Path(os.environ["CHAOS_FOLDER"], "closing").exists():
+        # Not sleep(), which libfaketime breaks.
+        threading.Event().wait(float(os.environ["CHAOS_PAUSE"]))
+
+
+def post(number: int) -> None:
+    """Do something that no rollback takes back."""
+    with Path(os.environ["CHAOS_FOLDER"], "letters").open("a") as letters:
+        letters.write(f"{number}\n")
+
+
+@bq.processor(channel="chaos")
+def ship(db: Session, number: int) -> None:
+    take_time()
+    db.add(Shipment(number=number))
+
+
+@bq.processor(channel="chaos")
+def send(number: int) -> None:
+    take_time()
+    post(number)
+
+
+def processor(number: int) -> str:
+    """What is to be done about a sale."""
+    return "send" if number % POSTED == 0 else "ship"
+
+
+def create_app(url: str | None = None) -> Flask:
+    app = Flask(__name__)
+    app.config["SQLALCHEMY_DATABASE_URI"] = url or os.environ["DATABASE_URL"]
+    app.config.from_prefixed_env()
+    db.init_app(app)
+    bq.init_app(app)
+    if fail_at := os.environ.get("CHAOS_FAIL_AT"):
+        from .failpoint import install
+
+        with app.app_context():
+            install(db.engine, fail_at)
+    return app

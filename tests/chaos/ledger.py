@@ -1,0 +1,127 @@
+"""The books: what the shop was told, what the database holds, and what that comes to."""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+
+#: Share of the former rate that counts as recovered, and seconds for which it has to last.
+RECOVERED, LASTING = 0.95, 6.0
+
+
+@dataclasses.dataclass
+class Verdict:
+    """What one scenario came to."""
+
+    scenario: str
+    system: str
+    faults: int
+    #: Sales that were committed.
+    tasks: int
+    #: Sales that were told to be committed and are gone, or have not been seen to.
+    lost: int
+    #: Shipments beyond one for each sale.
+    doubled: int
+    #: Letters beyond one for each sale, which are allowed.
+    posted_again: int
+    #: Sales that were refused, or whose fate was not told.
+    refused: int
+    #: Seconds from the last fault until the rate was back; None if it never was.
+    recovery: float | None
+    #: Shipments a second before the faults, and once the rate is back; or at last, if it is not.
+    before: float
+    after: float
+    #: What else there is to say.
+    remarks: list[str]
+
+    @property
+    def ratio(self) -> float:
+        return self.after / self.before if self.before else 0.0
+
+
+@contextlib.contextmanager
+def cursor(dsn: str) -> Iterator[Any]:
+    connection = psycopg2.connect(dsn)
+    connection.autocommit = True
+    try:
+        yield connection.cursor()
+    finally:
+        connection.close()
+
+
+class Ledger:
+    """:param dsn: how to reach the database whatever is done to the workers' way there.
+    :param folder: where letters are posted.
+    """
+
+    def __init__(self, dsn: str, folder: Path) -> None:
+        self.dsn = dsn
+        self.folder = folder
+        #: Sales that the shop was told are committed.
+        self.told: set[int] = set()
+        #: Sales of which it was told that they may not be.
+        self.refused: set[int] = set()
+
+    @property
+    def sold(self) -> set[int]:
+        with cursor(self.dsn) as database:
+            database.execute("SELECT number FROM sale")
+            return {number for (number,) in database}
+
+    @property
+    def shipped(self) -> collections.Counter[int]:
+        with cursor(self.dsn) as database:
+            database.execute("SELECT number FROM shipment")
+            return collections.Counter(number for (number,) in database)
+
+    @property
+    def posted(self) -> collections.Counter[int]:
+        letters = self.folder / "letters"
+        lines = letters.read_text().split() if letters.exists() else []
+        return collections.Counter(map(int, lines))
+
+    def open_sales(self) -> int:
+        """How many sales have not been seen to."""
+        return len(self.sold - self.shipped.keys() - self.posted.keys())
+
+    def waiting(self) -> int:
+        """About as many; in no time."""
+        with cursor(self.dsn) as database:
+            database.execute("SELECT (SELECT count(*) FROM sale) - count(*) FROM shipment")
+            [(count,)] = database
+        return int(count) - sum(self.posted.values())
+
+    def times(self) -> list[float]:
+        """When each shipment was made, in seconds since the epoch."""
+        with cursor(self.dsn) as database:
+            database.execute("SELECT date_part('epoch', at) FROM shipment ORDER BY at")
+            return [at for (at,) in database]
+
+    def lost(self) -> int:
+        return len(self.told - self.sold) + self.open_sales()
+
+    def doubled(self) -> int:
+        shipped, sold = self.shipped, self.sold
+        return sum(count - (number in sold) for number, count in shipped.items())
+
+
+def rate(times: list[float], start: float, end: float) -> float:
+    """Shipments a second between two points in time."""
+    return (bisect.bisect(times, end) - bisect.bisect(times, start)) / (end - start)
+
+
+def recovered(times: list[float], since: float, until: float, wanted: float) -> float | None:
+    """The first time from which on the rate is back, and stays so for a while."""
+    at = since
+    while at + LASTING <= until:
+        if rate(times, at, at + LASTING) >= RECOVERED * wanted:
+            return at
+        at += 0.1
+    return None
