@@ -41,6 +41,17 @@ bench: .venv-bench/installed ## Measure this queue beside bare loops and other q
 bench-quick: .venv/installed ## Measure this queue beside bare loops, in a few minutes
 	@$(RUN) tests.postgres -- $(RUN) benchmarks.run --quick $(ARGS)
 
+.PHONY: chaos
+chaos: .venv/installed ## Put the queue through faults under load (ARGS="--list" lists them)
+	@$(RUN) tests.chaos $(ARGS)
+
+.PHONY: chaos-others
+chaos-others: .venv-bench/installed ## Put other queues through the same: killed workers, a crashed database
+	@for system in beanqueue procrastinate; do \
+		.venv-bench/bin/python -m tests.chaos --system $$system \
+			$(or $(ARGS),"PostgreSQL crashes" "a worker killed" "a worker frozen") || true; \
+	done
+
 .PHONY: lint
 lint: .venv/installed ## Check the style
 	@$(RUN) ruff check

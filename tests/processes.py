@@ -20,13 +20,18 @@ class Process:
 
     :param arguments: what comes after ``python``.
     :param prefix: what comes before it.
+    :param strict: whether a warning is an error.
     """
 
     def __init__(
-        self, *arguments: str, env: dict[str, str] | None = None, prefix: Iterable[str] = ()
+        self,
+        *arguments: str,
+        env: dict[str, str] | None = None,
+        prefix: Iterable[str] = (),
+        strict: bool = True,
     ) -> None:
         self._process = subprocess.Popen(
-            [*prefix, sys.executable, "-W", "error", *arguments],
+            [*prefix, sys.executable, *(["-W", "error"] if strict else []), *arguments],
             env=os.environ | {"PYTHONUNBUFFERED": "1"} | (env or {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

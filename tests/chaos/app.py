@@ -68,6 +68,10 @@ def create_app(url: str | None = None) -> Flask:
     app.config.from_prefixed_env()
     db.init_app(app)
     bq.init_app(app)
+    if safeguard := os.environ.get("CHAOS_WITHOUT"):
+        from .broken import SAFEGUARDS
+
+        SAFEGUARDS[safeguard]()
     if fail_at := os.environ.get("CHAOS_FAIL_AT"):
         from .failpoint import install
 

@@ -14,6 +14,8 @@ import psycopg2
 
 #: Share of the former rate that counts as recovered, and seconds for which it has to last.
 RECOVERED, LASTING = 0.95, 6.0
+#: The share that each single second has to have.
+UNEVEN = 0.7
 
 
 @dataclasses.dataclass
@@ -121,7 +123,10 @@ def recovered(times: list[float], since: float, until: float, wanted: float) -> 
     """The first time from which on the rate is back, and stays so for a while."""
     at = since
     while at + LASTING <= until:
-        if rate(times, at, at + LASTING) >= RECOVERED * wanted:
+        # Each second counts, or a pause would pass that a burst makes good.
+        seconds = [rate(times, at + each, at + each + 1) for each in range(int(LASTING))]
+        mean = sum(seconds) / len(seconds)
+        if mean >= RECOVERED * wanted and min(seconds) >= UNEVEN * wanted:
             return at
         at += 0.1
     return None

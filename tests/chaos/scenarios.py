@@ -204,8 +204,7 @@ def kill_processes(trial: Trial) -> None:
     "workers that kill themselves in claim, task, flush and commit", env={"CHAOS_FAIL_AT": "each"}
 )
 def fail_at_points(trial: Trial) -> None:
-    for _ in trial.every(1, 20):
-        pass
+    time.sleep(5 if trial.hasty else 20)
     (trial.ledger.folder / "calm").touch()
     time.sleep(0.2)
     killed = collections.Counter(
@@ -237,8 +236,7 @@ def restart_workers(trial: Trial) -> None:
         before = trial.workers[number]
         before.send(signal.SIGTERM)
         trial.fault()
-        trial.wait_until(lambda: trial.workers[number] is not before, "the next worker")
-        trial.workers[number].wait_line(READY)
+        trial.wait_for_next(number, before).wait_line(READY)
     with cursor(trial.place.dsn) as database:
         database.execute("SELECT count(*) FROM bq_tasks WHERE attempts > 1 OR crashes > 0")
         [(count,)] = database
@@ -304,8 +302,7 @@ def be_busy(trial: Trial) -> None:
             burning.callback(process.wait)
             burning.callback(process.kill)
         trial.fault(number)
-        for _ in trial.every(5, 8):
-            pass
+        time.sleep(10 if trial.hasty else 40)
     with cursor(trial.place.dsn) as database:
         database.execute("SELECT count(*) FROM bq_workers WHERE state = 'NO_HEARTBEAT'")
         [(dead,)] = database

@@ -97,14 +97,17 @@ class Trial:
             database.execute(statement)
             return int(database.rowcount)
 
-    def wait_until(self, condition: Callable[[], bool], what: str) -> None:
-        wait_until(condition, what, self.watch)
+    def wait_for_next(self, number: int, before: Process) -> Process:
+        """Wait until another worker has taken one's place."""
+        wait_until(lambda: self.workers[number] is not before, "the next worker", self.watch)
+        return self.workers[number]
 
     def every(self, seconds: float, times: int) -> Iterator[int]:
         """Go on at a pace."""
         for each in range(min(times, 3) if self.hasty else times):
+            if each:
+                time.sleep(seconds)
             yield each
-            time.sleep(seconds)
 
 
 def conduct(scenario: Scenario, system_name: str, *, hasty: bool = False) -> Verdict:

@@ -1,0 +1,33 @@
+"""The queue without one of its safeguards: what the trials must notice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+
+from flask_beanqueue import outcome as outcomes
+from flask_beanqueue.writer import Writer
+
+
+def without_fence() -> None:
+    """A completion counts whoever has the task by now."""
+    done = sa.text("UPDATE bq_tasks SET state = 'DONE' WHERE id = CAST(:id AS uuid)")
+
+    def write_one(queries: Any, connection: Any, outcome: Any) -> bool:
+        connection.execute(done, {"id": outcome.claim.key})
+        return True
+
+    outcomes.write_one = write_one
+
+
+def without_rescue() -> None:
+    """What dead workers held stays with them."""
+
+    def take_over(self: Writer, connection: Any, max_crashes: int) -> None:
+        pass
+
+    Writer.take_over = take_over  # type: ignore[method-assign]
+
+
+SAFEGUARDS = {"fence": without_fence, "rescue": without_rescue}

@@ -1,0 +1,53 @@
+"""The trials themselves: they pass what is sound, and notice what is not."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from .chaos import trial
+from .chaos.ledger import Verdict, rate, recovered
+from .chaos.scenarios import SCENARIOS
+
+pytestmark = pytest.mark.slow
+
+
+def conduct(name: str, **env: str) -> Verdict:
+    """Conduct a scenario in a hurry."""
+    scenario = SCENARIOS[name]
+    scenario = dataclasses.replace(scenario, env={**scenario.env, **env})
+    return trial.conduct(scenario, "ours", hasty=True)
+
+
+FROZEN = "a worker frozen and woken, in turn"
+KILLED = "a worker killed, every two seconds"
+
+
+@pytest.mark.parametrize("name", [FROZEN, KILLED])
+def test_with_all_safeguards_nothing_is_lost_or_doubled(name: str) -> None:
+    verdict = conduct(name)
+    assert (verdict.lost, verdict.doubled) == (0, 0)
+    assert verdict.faults == 3
+    assert verdict.tasks > 500
+
+
+def test_without_the_fence_a_trial_finds_doubles() -> None:
+    assert conduct(FROZEN, CHAOS_WITHOUT="fence").doubled > 0
+
+
+def test_without_the_rescue_a_trial_finds_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "PATIENCE", 10.0)
+    assert conduct(KILLED, CHAOS_WITHOUT="rescue").lost > 0
+
+
+def test_the_rate_is_back_when_it_stays_so() -> None:
+    """Ten a second, nothing for five seconds, a short burst, and ten a second again."""
+    times = [each / 10 for each in range(100)]
+    times += [12 + each / 100 for each in range(50)]
+    times += [15 + each / 10 for each in range(100)]
+    assert rate(times, 1.0, 9.0) == pytest.approx(10)
+    back = recovered(times, 10.0, 25.0, 10.0)
+    assert back is not None
+    assert 14.5 < back < 15.5
+    assert recovered(times, 10.0, 16.0, 10.0) is None
