@@ -45,6 +45,10 @@ bench-quick: .venv/installed ## Measure this queue beside bare loops, in a few m
 chaos: .venv/installed ## Put the queue through faults under load (ARGS="--list" lists them)
 	@$(RUN) tests.chaos $(ARGS)
 
+.PHONY: soak
+soak: .venv/installed ## Let a worker work at full speed, and see what grows (ARGS="--minutes 60")
+	@$(RUN) tests.chaos.soak $(ARGS)
+
 .PHONY: chaos-others
 chaos-others: .venv-bench/installed ## Put other queues through the same: killed workers, a crashed database
 	@for system in beanqueue procrastinate; do \
