@@ -213,14 +213,14 @@ class Processor(t.Generic[P, R_co]):
         ):
             raise ArgumentError(
                 f"{self.name}: enqueue_many takes a list with a dict of arguments for each task,"
-                f" not {arguments!r}. For a single task, use enqueue."
+                f" not {type(arguments).__name__}. For a single task, use enqueue."
             )
         rows = []
         for number, kwargs in enumerate(arguments):
             if not isinstance(kwargs, abc.Mapping):
                 raise ArgumentError(
                     f"{self.name}: enqueue_many takes a dict of arguments for each task,"
-                    f" but item {number} is {kwargs!r}"
+                    f" but item {number} is of the type {type(kwargs).__name__}"
                 )
             try:
                 rows.append(to_json_arguments(self.name, self.bind((), kwargs)))

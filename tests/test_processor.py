@@ -6,7 +6,6 @@ import datetime
 import enum
 import functools
 import json
-import re
 import types
 import uuid
 from collections.abc import Callable, Iterator
@@ -680,8 +679,8 @@ def test_many_tasks_may_come_from_a_generator(
         ({"depth": 1}, rf"^Item 2: {__name__}\.resize.*: missing"),
         ({"width": {1}}, r"^Item 2: .* 'width' cannot be stored as JSON"),
         ({"width": 1, "db": 1}, r"^Item 2: .* 'db' is filled in"),
-        ([("width", 1)], r"takes a dict of arguments for each task, but item 2 is \[\('width', 1"),
-        (3, "but item 2 is 3"),
+        ([("width", 1)], "a dict of arguments for each task, but item 2 is of the type list$"),
+        (3, "but item 2 is of the type int$"),
     ],
 )
 def test_a_bad_item_is_named_and_none_is_inserted(
@@ -703,7 +702,7 @@ def test_many_tasks_that_are_no_list_are_refused(
     )
     with (
         app.app_context(),
-        pytest.raises(ArgumentError, match=rf"^{message} {re.escape(repr(arguments))}\."),
+        pytest.raises(ArgumentError, match=rf"^{message} {type(arguments).__name__}\."),
     ):
         resize.enqueue_many(arguments)
 
