@@ -79,7 +79,7 @@ class Claim:
         except RecursionError:
             raise ValueError("the task's kwargs are nested too deeply") from None
         if not isinstance(kwargs, dict):
-            raise ValueError(f"the task's kwargs are no JSON object: {self.arguments[:100]}")
+            raise ValueError("the task's kwargs are no JSON object")
         return kwargs
 
     @property

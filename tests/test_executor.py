@@ -748,6 +748,30 @@ def test_a_task_made_while_another_runs_is_its_child(
         assert {each.state for each in task.children} == {"DONE"}
 
 
+@pytest.mark.parametrize("kwargs", [["secret"], "secret", 5, True])
+def test_arguments_that_are_no_object_fail_the_task_and_are_not_shown(
+    app: Flask,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    work: Work,
+    caplog: pytest.LogCaptureFixture,
+    kwargs: Any,
+) -> None:
+    @bq.processor()
+    def nothing() -> None:
+        pass
+
+    with app.app_context():
+        db.session.add(bq.Task(module=__name__, name="nothing", kwargs=kwargs))
+        db.session.commit()
+    work()
+    message = "ValueError: the task's kwargs are no JSON object"
+    task = only_task(app, bq)
+    assert (task.state, task.error_message) == ("FAILED", message)
+    [record] = [each for each in caplog.records if each.levelname == "ERROR"]
+    assert record.getMessage().endswith(f"failed: {message}")
+
+
 def test_an_unknown_processor_is_left_for_a_worker_that_knows_it(
     app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work
 ) -> None:
