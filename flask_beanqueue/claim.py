@@ -66,7 +66,9 @@ class Claim:
 
     @property
     def name(self) -> str:
-        return f"{self.module}.{self.func_name}"
+        """What it names, for people: a row may hold what would look like a line of the log."""
+        name = f"{self.module}.{self.func_name}"
+        return name if name.isprintable() else repr(name)
 
     @property
     def kwargs(self) -> dict[str, t.Any]:
