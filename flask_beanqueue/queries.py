@@ -25,7 +25,6 @@ class Queries:
 
     def __init__(self, models: Models) -> None:
         self.models = models
-        quote = postgresql.dialect().identifier_preparer.format_table  # type: ignore[no-untyped-call]
         self._names = {
             "tasks": quote(models.task.__table__),
             "workers": quote(models.worker.__table__),
@@ -528,6 +527,13 @@ class Queries:
     def mine(self, connection: Connection, worker_id: uuid.UUID) -> list[Claim]:
         """Return what a worker has claimed."""
         return [Claim(*row) for row in connection.execute(self._mine, {"worker_id": worker_id})]
+
+
+def quote(table: sa.Table) -> str:
+    """A table's name as text() takes it: it doubles percent signs, which the dialect does, too, and
+    takes what follows a colon for a parameter."""
+    preparer = postgresql.dialect().identifier_preparer  # type: ignore[no-untyped-call]
+    return str(preparer.format_table(table)).replace("%%", "%").replace(":", r"\:")
 
 
 def epoch(moment: str) -> str:

@@ -581,3 +581,30 @@ def test_a_name_in_config_that_says_what_the_constructor_got_is_fine(
     db.init_app(app)
     bq.init_app(app)
     assert bq.Task is module.Job
+
+
+@pytest.mark.parametrize(
+    "name", ["select", "a b", 'a"b', "a'b", "a\\b", "a%b", "%(a)s", "a :b", r"a \:b", "a::b", "{a}"]
+)
+def test_a_table_may_have_any_name(
+    make_app: MakeApp, database_url: str, db: SQLAlchemy, name: str
+) -> None:
+    class Job(fbq.TaskModelMixin, fbq.TaskModelRefWorkerMixin, db.Model):  # type: ignore[name-defined, misc]
+        __tablename__ = name
+
+    bq = BeanQueue(db=db, task_model=Job)
+
+    @bq.processor()
+    def double(number: int) -> int:
+        return 2 * number
+
+    app = make_app(db, bq)
+    with app.app_context():
+        double.enqueue(number=1)
+        double.enqueue_many([{"number": 2}])
+        db.session.add(Job(module="no", name="where"))
+        db.session.commit()
+    bq.process_tasks(app=app, burst=True)
+    with app.app_context():
+        found = db.session.execute(sa.select(Job.state, Job.result).order_by(Job.id)).all()
+    assert found == [("DONE", 2), ("DONE", 4), ("PENDING", None)]
