@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
 import traceback
 import typing as t
+
+import sqlalchemy as sa
+
+#: What an error quotes, from the first quotation mark to the last: the value may hold some, too.
+QUOTED = re.compile(r"""(["']).*\1""", re.DOTALL)
 
 
 class Log(logging.LoggerAdapter[logging.Logger]):
@@ -27,6 +33,20 @@ class Log(logging.LoggerAdapter[logging.Logger]):
 log = Log(logging.getLogger("flask_beanqueue"))
 
 
+def is_of_database(error: BaseException) -> bool:
+    """Whether an error is the database's, the driver's, or SQLAlchemy's about one of theirs."""
+    kinds = sa.exc.StatementError, sa.exc.PendingRollbackError
+    return isinstance(error, kinds) or hasattr(error, "diag")
+
+
 def reason(error: BaseException) -> str:
-    """An error of the database in one line."""
-    return " ".join(str(getattr(error, "orig", None) or error).split())
+    """An error of the database in one line, without the values that it shows: its DETAIL may hold
+    a whole row, such as a task with its arguments."""
+    cause = getattr(error, "orig", None) or error
+    diag = getattr(cause, "diag", None)  # empty where there was no connection yet
+    text = getattr(diag, "message_primary", None) or str(cause)
+    refused = isinstance(error, sa.exc.StatementError) and not isinstance(error, sa.exc.DBAPIError)
+    if refused or (getattr(diag, "sqlstate", None) or "").startswith("22"):
+        text = QUOTED.sub("…", text)  # it is about a value
+    # What a PendingRollbackError says next is all of another error.
+    return " ".join(text.partition(" Original exception was: ")[0].split())

@@ -8,7 +8,6 @@ import logging
 import traceback
 import typing as t
 
-import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from . import signals
@@ -16,7 +15,7 @@ from .arguments import to_json
 from .claim import Claim
 from .errors import is_interruption
 from .listen import notify_name
-from .log import log, reason
+from .log import is_of_database, log, reason
 from .models import DONE, FAILED, PENDING, PROCESSING, uuid7
 from .options import check_aware
 from .processor import AnyProcessor
@@ -346,10 +345,10 @@ def storable_text(text: str, length: int) -> str:
 
 def describe(error: BaseException) -> str:
     """An exception as text, also if its own ``__str__`` raises; one of the database without the
-    statement, whose values may be nobody's business."""
+    statement and the row, whose values may be nobody's business."""
     kind = type(error).__name__
     try:
-        text = reason(error) if isinstance(error, sa.exc.StatementError) else str(error)
+        text = reason(error) if is_of_database(error) else str(error)
     except BaseException as unprintable:
         text = f"(its message cannot be read: {type(unprintable).__name__})"
     return storable_text(f"{kind}: {text}" if text else kind, MESSAGE_LENGTH)
