@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
+import sys
 import traceback
 import typing as t
 
@@ -24,9 +26,12 @@ class Log(logging.LoggerAdapter[logging.Logger]):
 
     def log(self, level: int, msg: object, *args: object, **kwargs: t.Any) -> None:
         try:
+            if kwargs.get("exc_info"):
+                hide_values(sys.exc_info()[1])
             super().log(level, msg, *args, stacklevel=2, **kwargs)
-        except Exception:
+        except Exception as error:
             if logging.raiseExceptions:  # as handlers do it
+                hide_values(error)
                 traceback.print_exc()
 
 
@@ -50,3 +55,25 @@ def reason(error: BaseException) -> str:
         text = QUOTED.sub("…", text)  # it is about a value
     # What a PendingRollbackError says next is all of another error.
     return " ".join(text.partition(" Original exception was: ")[0].split())
+
+
+def hide_values(error: BaseException | None) -> None:
+    """Let an exception, and those behind and in it, say of the database's errors only what
+    :func:`reason` does: a traceback would show all."""
+    errors, seen = [error], set[int]()
+    while errors:
+        each = errors.pop()
+        if each is None or id(each) in seen:  # an exception may be its own cause
+            continue
+        seen.add(id(each))
+        errors += [each.__cause__, each.__context__]
+        if isinstance(each, BaseExceptionGroup):
+            errors += each.exceptions
+        with contextlib.suppress(Exception):  # it may be of any kind
+            if is_of_database(each):
+                text = reason(each)
+                if isinstance(each, sa.exc.StatementError):
+                    each.hide_parameters = True
+                    if each.orig is not None:
+                        each.orig.args = (text,)
+                each.args = (text,)

@@ -144,9 +144,9 @@ def failed(
     except BaseException as problem:
         if is_interruption(problem, claim.losses):
             return interrupted(claim, problem)
-        log.exception("The retry policy of %s failed", claim.label, extra=claim.log_extra())
         both = f"{trace(error)}\nIts retry policy failed:\n{trace(problem)}"
         outcome.traceback = storable_text(both, TRACEBACK_LENGTH)
+        log.exception("The retry policy of %s failed", claim.label, extra=claim.log_extra())
         return outcome
     if verdict is not None:
         outcome.state, outcome.event = PENDING, "RETRIED"

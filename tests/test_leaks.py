@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
+
+from flask_beanqueue.log import log
 
 from .apps import leaks
 from .probe import query
@@ -47,6 +51,11 @@ MESSAGES = {
         " exception during flush. To begin a new transaction with this Session, first issue"
         " Session.rollback().",
     ),
+    "insert_after_its_end": ("DONE", None),
+    "raise_several_after_its_end": ("DONE", None),
+    "ask_policy": ("FAILED", "ValueError: no good"),
+    "receive": ("DONE", None),
+    "tear_down": ("DONE", None),
     "answer_object": ("DONE", None),
     "answer_nul": ("DONE", None),
     "answer": (
@@ -141,8 +150,11 @@ def test_arguments_are_neither_in_the_log_nor_in_the_message(
     for name in MESSAGES:
         if MESSAGES[name][0] == "FAILED":
             assert f"{APP}.{name} " in worker.output
+    assert worker.output.count("raised after its end") == 2
     assert worker.output.count("its outcome is refused") >= 3
-    assert "is not stored" in worker.output
+    assert worker.output.count("[SQL parameters hidden due to hide_parameters=True]") >= 5
+    for words in ("The retry policy of", "A receiver of", "The app context of", "is not stored"):
+        assert words in worker.output
 
 
 @pytest.mark.usefixtures("tables")
@@ -171,3 +183,26 @@ def test_tracebacks_in_events_show_values_unless_they_are_hidden(
     [(traceback,)] = query(database_url, "SELECT traceback FROM bq_events")
     assert ("[parameters: {'password': 'letters'}]" in traceback) == shown
     assert 'column "misspelt" does not exist' in traceback
+
+
+def test_what_a_failing_log_prints_holds_no_values_either(
+    capsys: pytest.CaptureFixture[str], database_url: str
+) -> None:
+    """The exception that is being handled stands behind the one of the log."""
+
+    def refuse(record: logging.LogRecord) -> bool:
+        raise RuntimeError("no log")
+
+    log.logger.addFilter(refuse)
+    engine = sa.create_engine(database_url, poolclass=sa.NullPool)
+    try:
+        with engine.connect() as connection:
+            connection.execute(sa.text("SELECT CAST(:password AS int)"), {"password": SECRET})
+    except sa.exc.DataError:
+        log.error("A value is refused")
+    finally:
+        log.logger.removeFilter(refuse)
+    printed = capsys.readouterr().err
+    assert "RuntimeError: no log" in printed
+    assert "invalid input syntax for type integer: …" in printed
+    assert not TRACE.search(printed)

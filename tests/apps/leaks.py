@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
-from flask_beanqueue import BeanQueue, LimitAttempt
+from flask_beanqueue import BeanQueue, LimitAttempt, current_task, task_started
 
 db = SQLAlchemy()
 bq = BeanQueue(db=db)
@@ -36,12 +36,24 @@ def create_app() -> Flask:
     bq.init_app(app)
     with app.app_context():
         db.create_all()
+    app.teardown_appcontext(teardown)
+    task_started.connect(receiver, app)
     return app
 
 
 def clash(password: str) -> None:
     """Let the database refuse a statement that holds the argument."""
     db.session.execute(sa.insert(Unique), [{"text": password}, {"text": password}])
+
+
+def receiver(app: Flask, task: Any) -> None:
+    if task.func_name == "receive":
+        clash(**task.kwargs)
+
+
+def teardown(error: BaseException | None) -> None:
+    if current_task and current_task.func_name == "tear_down":
+        clash(**current_task.kwargs)
 
 
 @bq.processor(channel="leaks")
@@ -112,6 +124,42 @@ def go_on(password: str) -> None:
 def insert_by_driver(password: str) -> None:
     cursor = db.session.connection().connection.cursor()
     cursor.execute('INSERT INTO "unique" VALUES (%(p)s, %(p)s), (%(p)s, %(p)s)', {"p": password})
+
+
+@bq.processor(channel="leaks")
+def insert_after_its_end(password: str) -> None:
+    current_task.state = "DONE"
+    db.session.commit()
+    clash(password)
+
+
+@bq.processor(channel="leaks")
+def raise_several_after_its_end(password: str) -> None:
+    current_task.state = "DONE"
+    db.session.commit()
+    try:
+        clash(password)
+    except sa.exc.IntegrityError as error:
+        raise ExceptionGroup("several", [LookupError("none"), error]) from None
+
+
+def broken_policy(task: Any) -> None:
+    clash(**task.kwargs)
+
+
+@bq.processor(channel="leaks", retry_policy=broken_policy)
+def ask_policy(password: str) -> None:
+    raise ValueError("no good")
+
+
+@bq.processor(channel="leaks")
+def receive(password: str) -> None:
+    pass
+
+
+@bq.processor(channel="leaks")
+def tear_down(password: str) -> None:
+    pass
 
 
 @bq.processor(channel="leaks")
