@@ -175,7 +175,7 @@ def create_tables_command() -> None:
     """
     app, bq = current()
     engine = bq.engine(app)
-    with readable_errors("GRANT CREATE on it"):
+    with readable_errors("GRANT REFERENCES on it", of_schema="GRANT USAGE and CREATE on it"):
         inspector = sa.inspect(engine)
         for table in bq.models.tables:
             if inspector.has_table(table.name, schema=table.schema):
@@ -251,7 +251,7 @@ def submit_command(channel: str, module: str, func: str, kwargs: str, priority: 
     if channel not in bq.registry.channels:
         click.echo(f"No processor has {channel!r} as its channel; is it spelt right?", err=True)
     task_id = task.id
-    with readable_errors():
+    with readable_errors("GRANT INSERT on it"):
         bq.db.session.commit()
     click.echo(task_id)
 
@@ -259,17 +259,23 @@ def submit_command(channel: str, module: str, func: str, kwargs: str, priority: 
 @contextlib.contextmanager
 def readable_errors(
     grant: str = "GRANT SELECT, INSERT and UPDATE on the queue's tables",
+    *,
+    of_schema: str = "GRANT USAGE on it",
 ) -> t.Iterator[None]:
     """Turn what commonly goes wrong into a sentence.
 
-    :param grant: what the owner must do if the role lacks rights.
+    :param grant: what the owner of a table must do if the role lacks rights.
+    :param of_schema: what the owner of a schema must do.
     """
     try:
         yield
     except sa.exc.ProgrammingError as error:
         problem = str(error.orig).splitlines()[0]
         code = sqlstate(error)
-        if code == UNDEFINED_SCHEMA:
+        if code in (UNDEFINED_SCHEMA, UNDEFINED_TABLE) and ask(sa.func.current_schema()) is None:
+            # What is in a schema that the role may not use is not there for it.
+            message = f"{problem}. Let the owner of its schema {of_schema} to {current_role()}."
+        elif code == UNDEFINED_SCHEMA:
             message = f"{problem}. Create it first: CREATE SCHEMA …"
         elif code == UNDEFINED_TABLE:
             message = (
@@ -282,7 +288,8 @@ def readable_errors(
                 " (Flask-Migrate), or drop it if it holds nothing of worth."
             )
         elif code == DENIED:
-            message = f"{problem}. Let its owner {grant} to {current_role()}."
+            what = of_schema if "schema" in problem else grant
+            message = f"{problem}. Let its owner {what} to {current_role()}."
         elif error.statement is None:  # the driver takes no such URL
             message = f"The database cannot be used: {reason(error)}"
         else:
@@ -300,9 +307,15 @@ def readable_errors(
 
 def current_role() -> str:
     """Who this app is in its database: the URL need not say so."""
+    return str(ask(sa.func.current_user()))
+
+
+def ask(function: t.Any) -> t.Any:
+    """What a function of the app's database answers."""
     app, bq = current()
     with bq.engine(app).connect() as connection:
-        return str(connection.scalar(sa.func.current_user()))
+        connection.detach()  # from the pool, which nobody closes
+        return connection.scalar(function)
 
 
 def log_to_stderr(verbose: bool) -> None:

@@ -21,7 +21,7 @@ from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
 import flask_beanqueue
-from flask_beanqueue import BeanQueue, LimitAttempt
+from flask_beanqueue import BeanQueue, LimitAttempt, WorkerModelMixin
 from flask_beanqueue.cli import bq_cli
 
 from .apps import faults
@@ -146,7 +146,50 @@ def test_create_tables_without_the_right_names_the_role(
     assert process.wait() == 1
     line = process.output.splitlines()[0]  # psycopg 3 may warn of its pool afterwards
     assert line == (
-        f"Error: permission denied for schema public. Let its owner GRANT CREATE on it to {role}."
+        "Error: permission denied for schema public. Let its owner GRANT USAGE and CREATE on it to"
+        f" {role}."
+    )
+
+
+@pytest.mark.usefixtures("app")
+@pytest.mark.parametrize(
+    ("command", "rights"), [("worker", "USAGE"), ("create-tables", "USAGE and CREATE")]
+)
+def test_a_schema_that_the_role_may_not_use_is_not_taken_for_an_empty_one(
+    processes: Processes, database_url: str, role: str, role_url: str, command: str, rights: str
+) -> None:
+    query(database_url, "REVOKE USAGE ON SCHEMA public FROM PUBLIC")
+    arguments = ["default"] if command == "worker" else []
+    process = processes.flask("--app", APP, "bq", command, *arguments, DATABASE_URL=role_url)
+    assert process.wait() == 1
+    line = process.output.splitlines()[0]  # psycopg 3 may warn of its pool afterwards
+    assert line.endswith(f". Let the owner of its schema GRANT {rights} on it to {role}.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rights"), [(["worker", "a"], "USAGE"), (["create-tables"], "USAGE and CREATE")]
+)
+def test_a_schema_of_its_own_that_the_role_may_not_use_is_named(
+    database_url: str, role: str, role_url: str, arguments: list[str], rights: str
+) -> None:
+    db = SQLAlchemy()
+
+    class Worker(WorkerModelMixin, db.Model):  # type: ignore[name-defined, misc]
+        __tablename__ = "worker"
+        __table_args__ = {"schema": "house"}  # noqa: RUF012
+
+    query(database_url, "CREATE SCHEMA house")
+    app = Flask(__name__)
+    app.config["SQLALCHEMY_DATABASE_URI"] = role_url
+    db.init_app(app)
+    BeanQueue(db=db, worker_model=Worker).init_app(app)
+    result = app.test_cli_runner().invoke(args=["bq", *arguments])
+    with app.app_context():
+        db.engine.dispose()
+    assert result.exit_code == 1
+    assert result.output == (
+        f"Error: permission denied for schema house. Let its owner GRANT {rights} on it to {role}."
+        "\n"
     )
 
 
@@ -280,8 +323,9 @@ def test_submit_without_the_right_names_the_table_and_the_role(
     )
     assert process.wait() == 1
     line = process.output.splitlines()[0]  # psycopg 3 may warn of its pool afterwards
-    assert line.startswith("Error: permission denied for table bq_tasks. ")
-    assert f"GRANT SELECT, INSERT and UPDATE on the queue's tables to {role}" in line
+    assert line == (
+        f"Error: permission denied for table bq_tasks. Let its owner GRANT INSERT on it to {role}."
+    )
 
 
 # worker
