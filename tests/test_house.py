@@ -127,3 +127,129 @@ def test_sql_is_not_built_elsewhere_either(module: str) -> None:
     for node in ast.walk(SOURCES[module]):
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("sa", "sqlalchemy"):
             assert node.attr not in ("select", "insert", "update", "delete")
+
+
+#: Where modules are imported by name, and whose names: the configuration's.
+BY_NAME = {
+    ("registry", "import_packages"),  # BQ_PROCESSOR_PACKAGES
+    ("extension", "load_model"),  # BQ_TASK_MODEL and the like
+}
+
+
+def functions(node: ast.AST, function: str = "") -> Iterator[tuple[str, ast.AST]]:
+    """All nodes of a module, each with the innermost function or class that it is in."""
+    for child in ast.iter_child_nodes(node):
+        yield function, child
+        inside = child.name if isinstance(child, (ast.FunctionDef, ast.ClassDef)) else function
+        yield from functions(child, inside)
+
+
+def test_modules_are_imported_by_the_names_of_the_configuration_alone() -> None:
+    found = {
+        (module, function)
+        for module in INSIDE
+        for function, node in functions(SOURCES[module])
+        if isinstance(node, ast.Attribute)
+        and (node.attr == "import_module" or ast.unparse(node.value) == "pkgutil")
+    }
+    assert found == BY_NAME
+
+
+@pytest.mark.parametrize("module", INSIDE)
+def test_nothing_is_evaluated(module: str) -> None:
+    evaluate = {"eval", "exec", "compile", "__import__", "__builtins__", "globals", "locals"}
+    decode = {"pickle", "cPickle", "_pickle", "dill", "marshal", "shelve", "yaml", "jsonpickle"}
+    run = {"ast", "code", "codeop", "builtins", "runpy", "imp", "subprocess", "pydoc", "ctypes"}
+    for node in ast.walk(SOURCES[module]):
+        if isinstance(node, ast.Name):
+            assert node.id not in evaluate
+        elif isinstance(node, ast.Attribute):
+            assert node.attr not in {"loads", "load"} or ast.unparse(node) in {
+                "json.loads",
+                "Config.load",
+            }
+            assert node.attr not in {"system", "popen", "spec_from_file_location", "exec_module"}
+        elif isinstance(node, ast.Import):
+            names = {each.name.partition(".")[0] for each in node.names}
+            assert not names & (decode | run)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            assert str(node.module).partition(".")[0] not in decode | run
+            assert node.module != "importlib"
+
+
+#: What takes SQL.
+TAKES_SQL = {
+    *("execute", "executemany", "exec_driver_sql", "scalar", "scalars", "mogrify", "copy_expert"),
+    *("text", "_text", "_returning_claims", "literal_column", "DDL", "CheckConstraint"),
+}
+#: What it takes in each module and function that is not a literal.
+NO_LITERALS = {
+    # Statements that SQLAlchemy makes, and functions.
+    ("cli", "ask", "function"),
+    ("queries", "check_tables", "nothing"),
+    ("queries", "check_tables", "sa.insert(table).from_select(['id'], nothing)"),
+    # A constant of queries.
+    ("notify", "notify", "NOTIFY"),
+    # With the names of the tables, quoted.
+    ("queries", "_text", "sql.format(**self._names)"),
+    ("queries", "_returning_claims", "sql.format(claim=columns, **self._names)"),
+    # With the constants for states.
+    ("models", "add_constraints", "f'state IN ({values})'"),
+    # With a name that is made of a UUID or a constant.
+    ("connection", "connect", "f\"SET application_name = '{name}'\""),
+    ("listen", "listen", "f\"SET application_name = '{self._application_name}'\""),
+    # With the name of a channel, quoted: LISTEN takes no parameters.
+    ("listen", "listen", "f'LISTEN \"{quoted}\"'"),
+}
+
+
+def sql(module: str) -> Iterator[tuple[str, ast.expr]]:
+    """What a module hands over as SQL, and its functions that do so."""
+    for function, node in functions(SOURCES[module]):
+        if isinstance(node, ast.Call) and node.args:
+            name = ast.unparse(node.func).rpartition(".")[2]
+            if name in TAKES_SQL and not isinstance(node.args[0], ast.Constant):
+                yield function, node.args[0]
+
+
+def test_no_sql_is_built_from_values() -> None:
+    found = set()
+    for module in INSIDE:
+        for function, node in sql(module):
+            text = ast.unparse(node)
+            if text.startswith("sa.text("):
+                continue  # which comes by itself
+            if module == "queries" and (function == "__init__" or text.startswith("self._")):
+                continue  # see the next test
+            found.add((module, function, text))
+    assert found == NO_LITERALS
+
+
+def test_all_statements_are_made_when_nothing_but_the_models_is_known() -> None:
+    [queries] = [
+        node
+        for node in SOURCES["queries"].body
+        if isinstance(node, ast.ClassDef) and node.name == "Queries"
+    ]
+    makers = {"_text", "_returning_claims"}
+    made = set()
+    for function in queries.body:
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        if function.name == "__init__":
+            assert [each.arg for each in function.args.args] == ["self", "models"]
+            names = {
+                node.id
+                for statement in function.body
+                for node in ast.walk(statement)
+                if isinstance(node, ast.Name)
+            }
+            assert names == {"self", "models", "quote", "epoch", "has_parent", "postgresql"}
+        for node in ast.walk(function):
+            if isinstance(node, ast.Attribute) and node.attr in makers:
+                assert function.name == "__init__"
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                assert function.name == "__init__"
+                made.add(f"self.{node.attr}")
+    handed_over = {ast.unparse(node) for function, node in sql("queries") if function != "__init__"}
+    assert {text for text in handed_over if text.startswith("self._")} < made

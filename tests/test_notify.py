@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import select
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,8 +11,11 @@ import pytest
 import sqlalchemy as sa
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from flask_beanqueue import BeanQueue, LimitAttempt
+from flask_beanqueue.listen import Listener
 
 from .probe import Probe, query
 
@@ -224,31 +229,63 @@ def test_notify_can_be_switched_off(
     assert heard(ears, database_url) == []
 
 
-@pytest.mark.parametrize(
-    "channel", ['"', "'", "%s", "ünï ☃", "x" * 63, "x" * 64, "☃" * 1000, "a;b--", "\\"]
-)
-def test_any_channel_name_wakes_its_worker(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, channel: str
-) -> None:
-    from flask_beanqueue.listen import Listener
+TEXT = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
+ODD = st.sampled_from("\"'\\%$;:{}-/*\n\r\t\v\x1b\x7f aA\u0130ß\u202e☃\U0001f600")
+CHANNELS = st.text(TEXT, min_size=1, max_size=80) | st.text(ODD, min_size=1, max_size=80)
 
-    @bq.processor(channel=channel)
-    def work() -> None:
+
+def test_any_channel_name_wakes_its_worker(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Any, database_url: str
+) -> None:
+    """LISTEN takes no parameters, so the name is quoted; and a long one is replaced."""
+    channels = set()
+
+    @bq.processor()
+    def nothing() -> None:
         pass
 
-    listener = Listener(bq.engine(app), [channel])
-    assert listener.listen()
-    try:
-        with app.app_context():
-            work.enqueue()
-            db.session.commit()
-        import select
+    def hears(listener: Listener) -> bool:
+        assert select.select([listener], [], [], 10)[0] == [listener]
+        return listener.drain() and not listener.drain()
 
+    @settings(max_examples=50)
+    @given(channel=CHANNELS)
+    @example(channel='"')
+    @example(channel='""; DROP TABLE bq_tasks; --"')
+    @example(channel="%s%(name)s%%")
+    @example(channel="\\")
+    @example(channel="x" * 63)
+    @example(channel="x" * 64)
+    @example(channel='"' * 63)
+    @example(channel="ü" * 31 + "x")
+    @example(channel="ü" * 32)
+    @example(channel="☃" * 1000)
+    def check(channel: str) -> None:
+        with contextlib.closing(Listener(bq.engine(app), [channel])) as listener:
+            assert listener.listen()
+            with app.app_context():
+                nothing.using(channel=channel).enqueue()
+                db.session.commit()
+                assert hears(listener)
+                nothing.using(channel=channel).enqueue_many([{}])
+                db.session.commit()
+                assert hears(listener)
+        channels.add(channel)
+
+    check()
+    work(*channels)
+    assert query(database_url, "SELECT DISTINCT state FROM bq_tasks") == [("DONE",)]
+
+
+@pytest.mark.parametrize("channel", ['a"b', "%s", "☃" * 1000])
+def test_a_task_that_is_given_back_wakes_the_worker_of_any_channel(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Any, channel: str
+) -> None:
+    with contextlib.closing(Listener(bq.engine(app), [channel])) as listener:
+        with app.app_context():
+            db.session.add(bq.Task(channel=channel, module="no", name="where"))
+            db.session.commit()
+        assert listener.listen()
+        work(channel)
         assert select.select([listener], [], [], 10)[0] == [listener]
         assert listener.drain()
-        assert not listener.drain()
-    finally:
-        listener.close()
-    bq.process_tasks([channel], app=app, burst=True)
-    with app.app_context():
-        assert db.session.scalars(sa.select(bq.Task.state)).one() == "DONE"
