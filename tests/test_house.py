@@ -197,9 +197,8 @@ NO_LITERALS = {
     ("models", "add_constraints", "f'state IN ({values})'"),
     # With a name that is made of a UUID or a constant.
     ("connection", "connect", "f\"SET application_name = '{name}'\""),
-    ("listen", "listen", "f\"SET application_name = '{self._application_name}'\""),
     # With the name of a channel, quoted: LISTEN takes no parameters.
-    ("listen", "listen", "f'LISTEN \"{quoted}\"'"),
+    ("listen", "_connect", "f'LISTEN \"{quoted}\"'"),
 }
 
 
