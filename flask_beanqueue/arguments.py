@@ -68,7 +68,7 @@ def to_json_arguments(name: str, arguments: dict[str, t.Any]) -> str:
     except ValueError as problem:
         for key, value in arguments.items():
             try:
-                to_json(value)
+                to_json({key: value})
             except ValueError as error:
                 raise ArgumentError(
                     f"{name}: the argument {key!r} cannot be stored as JSON: {error}."

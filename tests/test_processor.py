@@ -292,6 +292,7 @@ NOT_JSON = {
     "two halves": ("\ud83d\ude00", "it holds half of a surrogate pair"),
     "surrogate in a key": ({"\udfff": 1}, "it holds half of a surrogate pair"),
     "self-containing": (SELF_CONTAINING, "Circular reference|nested too deeply, or holds itself"),
+    "just too deep": (nested(100), "it is nested too deeply"),
     "deep": (nested(101), "it is nested too deeply"),
     "very deep": (nested(100_000), "it is nested too deeply, or holds itself"),
 }
