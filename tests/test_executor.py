@@ -351,28 +351,6 @@ def test_a_log_record_names_where_it_was_made(caplog: pytest.LogCaptureFixture) 
     assert (record.filename, record.task_id) == ("test_executor.py", "1")  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), BaseException("base")])
-def test_exceptions_that_end_programs_end_only_the_task(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work, error: BaseException
-) -> None:
-    @bq.processor()
-    def leave() -> None:
-        raise error
-
-    @bq.processor()
-    def stay() -> None:
-        pass
-
-    with app.app_context():
-        leave.enqueue()
-        stay.enqueue()
-        db.session.commit()
-    work(concurrency=1)
-    with app.app_context():
-        states = {task.func_name: task.state for task in db.session.scalars(sa.select(bq.Task))}
-    assert states == {"leave": "FAILED", "stay": "DONE"}
-
-
 def test_a_commit_halfway_stays_when_the_rest_fails(
     app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work
 ) -> None:
@@ -646,83 +624,6 @@ def test_a_failing_commit_fails_the_task(
     assert "IntegrityError" in task.error_message
 
 
-@pytest.mark.parametrize(
-    "result",
-    [object(), float("nan"), "\0", "\ud800", {"a": {1, 2}}],
-    ids=["object", "NaN", "U+0000", "surrogate", "set"],
-)
-def test_a_result_that_cannot_be_stored_is_left_out(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work, result: Any, caplog: Any
-) -> None:
-    @bq.processor()
-    def answer() -> Any:
-        return result
-
-    with app.app_context():
-        answer.enqueue()
-        db.session.commit()
-    work()
-    task = only_task(app, bq)
-    assert (task.state, task.result) == ("DONE", None)
-    assert "is not stored" in caplog.text
-
-
-class Unprintable(Exception):
-    def __str__(self) -> str:
-        raise ZeroDivisionError
-
-
-class Endless(Exception):
-    def __str__(self) -> str:
-        sys.exit("in __str__")
-
-
-class Unformattable(Exception):
-    @property
-    def __notes__(self) -> list[str]:
-        raise ZeroDivisionError
-
-
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (Unformattable("mail"), "Unformattable: mail"),
-        (Unprintable(), "Unprintable: (its message cannot be read: ZeroDivisionError)"),
-        (Endless(), "Endless: (its message cannot be read: SystemExit)"),
-        (ValueError("a\0b"), "ValueError: a\\0b"),
-        (ValueError("\ud800"), "ValueError: \\ud800"),
-        (ValueError(), "ValueError"),
-    ],
-)
-def test_an_error_that_cannot_be_stored_is_stored_as_far_as_it_goes(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work, error: Exception, message: str
-) -> None:
-    @bq.processor()
-    def fail() -> None:
-        raise error
-
-    with app.app_context():
-        fail.enqueue()
-        db.session.commit()
-    work()
-    task = only_task(app, bq)
-    assert (task.state, task.error_message) == ("FAILED", message)
-
-
-def test_a_long_error_message_is_shortened(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work
-) -> None:
-    @bq.processor()
-    def fail() -> None:
-        raise ValueError("x" * 1_000_000)
-
-    with app.app_context():
-        fail.enqueue()
-        db.session.commit()
-    work()
-    assert len(only_task(app, bq).error_message) < 3_000
-
-
 def test_a_task_made_while_another_runs_is_its_child(
     app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work
 ) -> None:
@@ -866,32 +767,6 @@ def test_an_app_context_that_cannot_be_pushed_fails_the_task(
     task = only_task(app, bq)
     assert (task.state, task.error_message) == ("FAILED", "LookupError: no context")
     assert ran == []
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        "DELETE FROM bq_tasks",
-        "UPDATE bq_tasks SET state = 'CANCELLED'",
-        "UPDATE bq_tasks SET id = gen_random_uuid()",
-    ],
-)
-def test_a_processor_that_spoils_its_own_row_fails(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work, change: str
-) -> None:
-    @bq.processor()
-    def spoil(db: Any) -> None:
-        db.add(Note(text="never"))
-        db.execute(sa.text(change))
-
-    with app.app_context():
-        spoil.enqueue()
-        db.session.commit()
-    work()
-    task = only_task(app, bq)
-    assert task.state == "FAILED"
-    assert "past the ORM" in task.error_message
-    assert texts(app, db, Note) == []
 
 
 @pytest.mark.parametrize("state", ["CANCELLED", "PENDING"])

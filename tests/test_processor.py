@@ -275,49 +275,6 @@ def nested(depth: int) -> Any:
     return value
 
 
-SELF_CONTAINING: list[Any] = []
-SELF_CONTAINING.append(SELF_CONTAINING)
-
-NOT_JSON = {
-    "datetime": (NOON, "Object of type datetime is not JSON serializable"),
-    "set": ({1}, "Object of type set is not JSON serializable"),
-    "bytes": (b"a", "Object of type bytes is not JSON serializable"),
-    "key": ({(1, 2): 3}, "keys must be str, int, float, bool or None, not tuple"),
-    "NaN": (float("nan"), "NaN and Infinity are not JSON compliant"),
-    "Infinity": ([float("inf")], "NaN and Infinity are not JSON compliant"),
-    "NUL": ("a\0b", r"it holds the character U\+0000, which PostgreSQL cannot store"),
-    "NUL in a key": ({"a\0b": 1}, r"it holds the character U\+0000"),
-    "NUL after a backslash": ("\\\0", r"it holds the character U\+0000"),
-    "lone surrogate": ("\ud800", "it holds half of a surrogate pair"),
-    "two halves": ("\ud83d\ude00", "it holds half of a surrogate pair"),
-    "surrogate in a key": ({"\udfff": 1}, "it holds half of a surrogate pair"),
-    "self-containing": (SELF_CONTAINING, "Circular reference|nested too deeply, or holds itself"),
-    "just too deep": (nested(100), "it is nested too deeply"),
-    "deep": (nested(101), "it is nested too deeply"),
-    "very deep": (nested(100_000), "it is nested too deeply, or holds itself"),
-}
-
-
-@pytest.mark.parametrize(("value", "message"), NOT_JSON.values(), ids=NOT_JSON)
-def test_an_argument_that_cannot_be_stored_is_refused_by_name(
-    resize: Any, value: Any, message: str
-) -> None:
-    with pytest.raises(ArgumentError) as caught:
-        resize.run(width=1, height=value)
-    message = f"the argument 'height' cannot be stored as JSON: ({message})"
-    caught.match(rf"^{__name__}\.resize: {message}.*\. Pass something plain in its place")
-
-
-@pytest.mark.parametrize("name", ["a\0b", "\ud800"])
-def test_the_name_of_an_argument_that_cannot_be_stored_is_refused(bq: BeanQueue, name: str) -> None:
-    @bq.processor()
-    def tag(**tags: str) -> None:
-        pass
-
-    with pytest.raises(ArgumentError, match="cannot be stored as JSON"):
-        tag.run(**{name: "x"})
-
-
 @pytest.mark.parametrize("text", ["\\u0000", "\\\\u0000", "\\ud800", "😀", "é\u2028\x7f"])
 def test_text_that_only_looks_odd_is_taken(
     app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work, text: str
@@ -467,44 +424,6 @@ def test_nested_arguments_are_refused_or_get_done(
         db.session.commit()
     work()
     assert query(database_url, "SELECT state FROM bq_tasks") == [("DONE",)]
-
-
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        '{"a": ' + "[" * 2000 + "]" * 2000 + "}",
-        '{"a": ' + "9" * 5000 + "}",
-        "[1]",
-        "5",
-        "null",
-    ],
-    ids=["deep", "many digits", "list", "number", "null"],
-)
-def test_arguments_that_raw_sql_wrote_badly_fail_their_task_and_no_other(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work, database_url: str, kwargs: str
-) -> None:
-    @bq.processor()
-    def look() -> None:
-        pass
-
-    @bq.processor()
-    def bad(a: Any = None) -> None:
-        pass
-
-    query(
-        database_url,
-        "INSERT INTO bq_tasks (module, func_name, kwargs) VALUES (%s, 'bad', %s)",
-        __name__,
-        kwargs,
-    )
-    with app.app_context():
-        look.enqueue()
-        db.session.commit()
-    work()
-    assert dict(query(database_url, "SELECT func_name, state FROM bq_tasks")) == {
-        "bad": "FAILED",
-        "look": "DONE",
-    }
 
 
 # using: options for one task.
