@@ -29,10 +29,11 @@ class Log(logging.LoggerAdapter[logging.Logger]):
             if kwargs.get("exc_info"):
                 hide_values(sys.exc_info()[1])
             super().log(level, msg, *args, stacklevel=2, **kwargs)
-        except Exception as error:
+        except BaseException as error:  # one that is logged may raise anything as it is formatted
             if logging.raiseExceptions:  # as handlers do it
-                hide_values(error)
-                traceback.print_exc()
+                with contextlib.suppress(BaseException):
+                    hide_values(error)
+                    traceback.print_exc()
 
 
 log = Log(logging.getLogger("flask_beanqueue"))

@@ -346,17 +346,27 @@ def storable_text(text: str, length: int) -> str:
 def describe(error: BaseException) -> str:
     """An exception as text, also if its own ``__str__`` raises; one of the database without the
     statement and the row, whose values may be nobody's business."""
-    kind = type(error).__name__
+    kind = name_of(error)
     try:
         text = reason(error) if is_of_database(error) else str(error)
+        text = f"{kind}: {text}" if text else kind
     except BaseException as unprintable:
-        text = f"(its message cannot be read: {type(unprintable).__name__})"
-    return storable_text(f"{kind}: {text}" if text else kind, MESSAGE_LENGTH)
+        text = f"{kind}: (its message cannot be read: {name_of(unprintable)})"
+    return storable_text(text, MESSAGE_LENGTH)
+
+
+def name_of(error: BaseException) -> str:
+    """What an exception's class is called, whatever its metaclass makes of that."""
+    return t.cast(str, type.__dict__["__name__"].__get__(type(error)))
 
 
 def trace(error: BaseException) -> str:
     try:
         return "".join(traceback.format_exception(error))
     except BaseException as unprintable:
-        frames = "".join(traceback.format_tb(error.__traceback__))
-        return f"{frames}{describe(error)} ({type(unprintable).__name__} while it was formatted)"
+        # Without the lines of the files: to look for them may be what raised.
+        frames = "".join(
+            f'  File "{frame.f_code.co_filename}", line {line}, in {frame.f_code.co_name}\n'
+            for frame, line in traceback.walk_tb(error.__traceback__)
+        )
+        return f"{frames}{describe(error)} ({name_of(unprintable)} while it was formatted)"

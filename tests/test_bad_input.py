@@ -677,8 +677,18 @@ ERRORS: dict[str, tuple[Act, str]] = {
         raising(LeavingWords()),
         "LeavingWords: (its message cannot be read: SystemExit)",
     ),
+    "a __str__ that returns odd text": (
+        raising(OddWords()),
+        "OddWords: (its message cannot be read: ZeroDivisionError)",
+    ),
     "notes that raise": (raising(OddNotes("odd")), "OddNotes: odd"),
     "notes that end the program": (raising(LeavingNotes("odd")), "LeavingNotes: odd"),
+    "a class without a name": (raising(WithoutName("odd")), "WithoutName: odd"),
+    "an object without a class": (raising(WithoutClass()), "ZeroDivisionError: in __class__"),
+    "a file whose name is no text": (
+        lambda db, task: exec(compile("raise ValueError('elsewhere')", "\ud800", "exec")),
+        "ValueError: elsewhere",
+    ),
     "a class with a long name": (raising(type("X" * 1_000_000, (Exception,), {})), "XXX"),
     "a class with an odd name": (raising(type("%s {}\n'", (Exception,), {})), "%s {}\n'"),
     "a syntax error of odd parts": (raising(odd_syntax_error()), "SyntaxError: odd"),
@@ -711,6 +721,16 @@ def test_whatever_is_raised_fails_its_task_and_takes_its_effects_back(
     [(error, traceback)] = end.events
     assert error == end.error
     assert 0 < len(traceback) < outcome.TRACEBACK_LENGTH + 100
+
+
+def test_an_exception_that_cannot_be_logged_is_harmless_after_the_end(end_all: Any) -> None:
+    def act(db: Any, task: Any) -> None:
+        task.state = "DONE"
+        db.commit()
+        raise WithoutName
+
+    [end] = end_all({"odd": act}).values()
+    assert (end.state, len(end.effects)) == ("DONE", 1)
 
 
 # Processors that have written something, and what they do then: how the task ends, whether what was
