@@ -43,5 +43,6 @@ def is_interruption(error: BaseException, losses: t.Collection[BaseException]) -
         seen.add(id(cause))  # an exception may be its own cause
         if any(getattr(cause, "orig", None) is loss for loss in losses):
             return True
-        cause = cause.__cause__ or cause.__context__
+        # Not by its truth, which may be an exception's own.
+        cause = cause.__context__ if cause.__cause__ is None else cause.__cause__
     return False

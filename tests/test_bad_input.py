@@ -694,6 +694,7 @@ ERRORS: dict[str, tuple[Act, str]] = {
     "a syntax error of odd parts": (raising(odd_syntax_error()), "SyntaxError: odd"),
     "causes in a circle": (raising(circle()), "ValueError: first"),
     "5,000 causes": (raising(chain(5_000)), "ValueError: 5000"),
+    "a cause that is neither true nor false": (raising(caused_by(Untrue())), "ValueError: last"),
     "a group of a thousand": (
         raising(ExceptionGroup("group", [ValueError()] * 1_000)),
         "ExceptionGroup: group (1000 sub-exceptions)",
@@ -731,6 +732,13 @@ def test_an_exception_that_cannot_be_logged_is_harmless_after_the_end(end_all: A
 
     [end] = end_all({"odd": act}).values()
     assert (end.state, len(end.effects)) == ("DONE", 1)
+
+
+def test_a_cause_that_is_neither_true_nor_false_leaves_the_retry_policy_its_say(
+    end_all: Any,
+) -> None:
+    [end] = end_all({"odd": raising(caused_by(Untrue()))}, attempts=2).values()
+    assert (end.state, end.attempts) == ("DONE", 2)
 
 
 # Processors that have written something, and what they do then: how the task ends, whether what was
