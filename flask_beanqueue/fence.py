@@ -117,7 +117,7 @@ def take_state(queue: Queue, session: Session, claim: Claim, task: t.Any) -> Non
     if claim.settled:
         return
     over = task.state != PROCESSING  # or the processor has taken back what it set before
-    task.attempts = claim.attempts + over
+    task.attempts = min(claim.attempts + over, 2**31 - 1)
     task.finished_at = (
         sa.func.clock_timestamp() if task.state not in (PENDING, PROCESSING) else None
     )

@@ -40,6 +40,9 @@ class Queries:
             SELECT CASE WHEN CAST(:lock_timeout AS text) IS NOT NULL
                 THEN set_config('lock_timeout', :lock_timeout, true) END
         )"""
+        # The greatest integer, which raw SQL may have written. What is counted stays there; claims,
+        # which must differ from each other, begin anew.
+        self._names["most"] = str(2**31 - 1)
         has_parent = "parent_id" in models.task.__table__.c
 
         # A claim is one statement in autocommit: one round trip, and no transaction that a frozen
@@ -52,7 +55,7 @@ class Queries:
         # so zero rows do not prove an empty queue.
         self._claim = self._returning_claims("""
             UPDATE {tasks} SET state = 'PROCESSING', worker_id = :worker_id,
-                claims = claims + 1, parked = false, started_at = now()
+                claims = claims % {most} + 1, parked = false, started_at = now()
             WHERE ctid = ANY (ARRAY(
                 SELECT picked.ctid
                 FROM unnest(
@@ -93,7 +96,7 @@ class Queries:
         # in a channel, however many tasks a crash left, so that the rest goes on meanwhile.
         self._claim_suspect = self._returning_claims("""
             UPDATE {tasks} SET state = 'PROCESSING', worker_id = :worker_id,
-                claims = claims + 1, parked = false, started_at = now()
+                claims = claims % {most} + 1, parked = false, started_at = now()
             WHERE ctid = ANY (ARRAY(
                 SELECT suspect.ctid FROM {free} CROSS JOIN LATERAL (
                     SELECT t.ctid FROM {suspects}
@@ -149,7 +152,7 @@ class Queries:
         # ten thousand rows.
         self._finish = self._text("""
             WITH {patience}
-            UPDATE {tasks} AS t SET state = 'DONE', attempts = t.attempts + 1,
+            UPDATE {tasks} AS t SET state = 'DONE', attempts = LEAST(t.attempts, {most} - 1) + 1,
                 result = COALESCE(CAST(done.result AS jsonb), t.result), error_message = NULL,
                 unknown_since = NULL, finished_at = clock_timestamp()
             FROM unnest(
@@ -164,7 +167,7 @@ class Queries:
 
         # The same for the one task whose transaction this is: planned in a third of the time.
         self._finish_one = self._text("""
-            UPDATE {tasks} SET state = 'DONE', attempts = attempts + 1,
+            UPDATE {tasks} SET state = 'DONE', attempts = LEAST(attempts, {most} - 1) + 1,
                 result = COALESCE(CAST(:result AS jsonb), result), error_message = NULL,
                 unknown_since = NULL, finished_at = clock_timestamp()
             WHERE ctid = CAST(:ctid AS tid) AND id = CAST(:id AS uuid) AND claims = :claims
@@ -189,9 +192,11 @@ class Queries:
                     error_message = CASE WHEN outcome.state = 'PENDING'
                         THEN COALESCE(outcome.error_message, t.error_message)
                         ELSE outcome.error_message END,
-                    attempts = t.attempts + outcome.attempts,
-                    crashes = t.crashes + outcome.crashes,
-                    interruptions = t.interruptions + outcome.interruptions,
+                    attempts = LEAST(t.attempts, {most} - outcome.attempts) + outcome.attempts,
+                    crashes = LEAST(t.crashes, {most} - outcome.crashes) + outcome.crashes,
+                    interruptions =
+                        LEAST(t.interruptions, {most} - outcome.interruptions)
+                        + outcome.interruptions,
                     parked = outcome.parked,
                     unknown_since = CASE WHEN outcome.unknown
                         THEN COALESCE(t.unknown_since, clock_timestamp()) END,

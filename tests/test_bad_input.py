@@ -426,6 +426,13 @@ ROWS: dict[str, tuple[dict[str, Any], str, str]] = {
     "tried less than never": ({"attempts": -MOST - 1}, "DONE", ""),
     "crashed less than never": ({"crashes": -MOST - 1}, "DONE", ""),
     "interrupted less than never": ({"interruptions": -MOST - 1}, "DONE", ""),
+    "claimed as often as can be": ({"claims": MOST}, "DONE", ""),
+    "claimed as seldom as can be": ({"claims": -MOST - 1}, "DONE", ""),
+    "tried as often as can be": ({"attempts": MOST}, "DONE", ""),
+    "tried as often, and bad": ({"attempts": MOST, "kwargs": "5"}, "FAILED", "no JSON object: 5"),
+    "crashed as often as can be": ({"crashes": MOST}, "DONE", ""),
+    "crashed once more": ({"crashes": MOST, "state": "PROCESSING"}, "FAILED", "Its worker died"),
+    "interrupted as often as can be": ({"interruptions": MOST}, "DONE", ""),
     "the first priority": ({"priority": -MOST - 1}, "DONE", ""),
     "the last priority": ({"priority": MOST}, "DONE", ""),
     "a module without a name": ({"module": ""}, "PENDING", UNKNOWN.format(".odd")),
@@ -475,6 +482,18 @@ def test_a_row_that_raw_sql_wrote_ends_somehow_and_disturbs_nobody(
     state, error = rows_ended[name]
     assert state == expected
     assert words in error
+
+
+def test_a_task_that_was_tried_as_often_as_can_be_may_end_itself(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work, database_url: str
+) -> None:
+    @bq.processor()
+    def end(task: Any) -> None:
+        task.state = "CANCELLED"
+
+    insert(database_url, func_name="end", attempts=MOST)
+    work()
+    assert query(database_url, "SELECT state, attempts FROM bq_tasks") == [("CANCELLED", MOST)]
 
 
 # Channels. That each wakes its worker is in test_notify.
@@ -880,6 +899,7 @@ PROCESSORS: dict[str, tuple[Act, str, bool, str]] = {
     "worker_id = NULL": (update("worker_id = NULL"), "DONE", True, ""),
     "kwargs = '[1]'": (update("kwargs = '[1]'"), "DONE", True, ""),
     "module = ''": (update("module = ''"), "DONE", True, ""),
+    "attempts = 2147483647": (update("attempts = 2147483647"), "DONE", True, ""),
     # The process.
     "goes to another folder": (lambda db, task: os.chdir("/"), "DONE", True, ""),
     "handles a signal": (
