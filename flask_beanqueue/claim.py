@@ -33,8 +33,8 @@ class Claim:
     module: str
     func_name: str
     #: The arguments as JSON. They are decoded by who runs the task: raw SQL may have written
-    #: what Python cannot read.
-    arguments: str
+    #: what Python cannot read. None if the claim has not brought them.
+    arguments: str | None
     priority: int
     #: Seconds since the epoch; together with the id, the place in the queue.
     scheduled_at: float
@@ -76,6 +76,7 @@ class Claim:
 
         :raises ValueError: if they are no JSON object that Python can read.
         """
+        assert self.arguments is not None
         try:
             kwargs = json.loads(self.arguments)
         except RecursionError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 
+import sqlalchemy as sa
 from flask import Flask
 
 from . import fence, signals
@@ -12,7 +13,7 @@ from . import outcome as outcomes
 from .claim import Claim, ClaimLost, running
 from .config import Config
 from .errors import is_interruption
-from .log import log
+from .log import log, reason
 from .outcome import Outcome
 from .processor import AnyProcessor
 from .queue import Queue
@@ -95,6 +96,8 @@ class Executor:
             started, self.app, task=self.queue.attach_task(claim)
         ):
             self._rollback()  # the processor shall not inherit a broken transaction
+        if claim.arguments is None:
+            self._read_arguments(claim)
         injected = self.queue.injection(processor.injected)
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s starts", claim.label, extra=claim.log_extra())
@@ -117,6 +120,14 @@ class Executor:
                 outcomes.announce(self.app, self.queue, outcome)
             return None
         return None if claim.settled else outcome
+
+    def _read_arguments(self, claim: Claim) -> None:
+        """Read the arguments that could not be had with the claims of a whole batch."""
+        try:
+            connection = self.queue.connection(self.queue.db.session())
+            claim.arguments = self.queue.queries.arguments(connection, claim)
+        except sa.exc.DBAPIError as error:
+            raise ValueError(f"the task's kwargs cannot be read: {reason(error)}") from error
 
     def _rollback(self) -> None:
         session = self.queue.db.session

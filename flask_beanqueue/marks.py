@@ -113,6 +113,10 @@ class Marks:
             for level in self._levels.values():
                 level.return_()
 
+    def step_over(self, front: Front) -> None:
+        """Move a mark behind a task that cannot be claimed. A look finds it again."""
+        self._levels[front.channel, front.priority].mark = front.at, front.id
+
     def look_soon(self) -> None:
         """Let the next look come as early as it is wanted."""
         self._fruitless = 0

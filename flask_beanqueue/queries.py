@@ -33,6 +33,7 @@ class Queries:
         self._names["now"] = epoch("now()")
         self._names["front_at"] = epoch("front.scheduled_at")
         self._names["next_at"] = epoch("next.scheduled_at")
+        self._names["picked_at"] = epoch("picked.scheduled_at")
         # How long the statement may wait for a lock, as lock_timeout says it; NULL: as the session
         # has it. It holds for the statement's own transaction, so no pooler is in its way, and it
         # is part of the statement, so it costs no round trip.
@@ -53,27 +54,39 @@ class Queries:
         # are found again by ctid, which costs no index. Tasks that were in a crash are left out,
         # see claim_suspect. A row that was touched between the two parts comes back as nothing,
         # so zero rows do not prove an empty queue.
-        self._claim = self._returning_claims("""
+        claim = """
             UPDATE {tasks} SET state = 'PROCESSING', worker_id = :worker_id,
                 claims = claims % {most} + 1, parked = false, started_at = now()
-            WHERE ctid = ANY (ARRAY(
-                SELECT picked.ctid
-                FROM unnest(
-                    CAST(:channels AS text[]), CAST(:priorities AS int[]),
-                    CAST(:ats AS float8[]), CAST(:ids AS uuid[])
-                ) AS level (channel, priority, at, id)
-                CROSS JOIN LATERAL (
-                    SELECT t.ctid FROM {tasks} AS t
-                    WHERE t.state = 'PENDING'
-                      AND t.channel = level.channel AND t.priority = level.priority
-                      AND (t.scheduled_at, t.id) > (to_timestamp(level.at), level.id)
-                      AND t.scheduled_at <= now() AND t.crashes < 1
-                    ORDER BY t.scheduled_at, t.id LIMIT :limit
-                    FOR NO KEY UPDATE SKIP LOCKED
-                ) AS picked
-                LIMIT :limit
-            ))
+            WHERE ctid = ANY (ARRAY(SELECT picked.ctid {due}))
+        """
+        self._names["due"] = """
+            FROM unnest(
+                CAST(:channels AS text[]), CAST(:priorities AS int[]),
+                CAST(:ats AS float8[]), CAST(:ids AS uuid[])
+            ) AS level (channel, priority, at, id)
+            CROSS JOIN LATERAL (
+                SELECT t.ctid, t.scheduled_at, t.id FROM {tasks} AS t
+                WHERE t.state = 'PENDING'
+                  AND t.channel = level.channel AND t.priority = level.priority
+                  AND (t.scheduled_at, t.id) > (to_timestamp(level.at), level.id)
+                  AND t.scheduled_at <= now() AND t.crashes < 1
+                ORDER BY t.scheduled_at, t.id LIMIT :limit
+                FOR NO KEY UPDATE SKIP LOCKED
+            ) AS picked
+            LIMIT :limit
+        """.format(**self._names)
+        self._claim = self._returning_claims(claim)
+        self._claim_bare = self._returning_claims(claim, arguments=False)
+
+        # What such a claim would take first, to pass over what cannot be claimed.
+        self._next = self._text("""
+            SELECT level.channel, level.priority, {picked_at} AS at, CAST(picked.id AS text) AS id,
+                {picked_at} - {now} AS due_in
+            {due}
         """)
+
+        # The arguments of a claim that is without.
+        self._arguments = self._text("SELECT CAST(kwargs AS text) FROM {tasks} WHERE id = :id")
 
         # The channels in which no task that was in a crash runs. OFFSET keeps them by themselves:
         # asked anew for each of the thousand tasks that a crash may leave, it would be asked a
@@ -94,7 +107,7 @@ class Queries:
 
         # A task that was in a crash is claimed and run alone. One worker at a time is so occupied
         # in a channel, however many tasks a crash left, so that the rest goes on meanwhile.
-        self._claim_suspect = self._returning_claims("""
+        claim_suspect = """
             UPDATE {tasks} SET state = 'PROCESSING', worker_id = :worker_id,
                 claims = claims % {most} + 1, parked = false, started_at = now()
             WHERE ctid = ANY (ARRAY(
@@ -105,7 +118,9 @@ class Queries:
                 ) AS suspect
                 LIMIT 1
             ))
-        """)
+        """
+        self._claim_suspect = self._returning_claims(claim_suspect)
+        self._claim_suspect_bare = self._returning_claims(claim_suspect, arguments=False)
 
         # The look from the front: the first waiting row of each channel and priority, by hopping
         # through the index from one to the next (a loose index scan), and when the next task
@@ -244,9 +259,12 @@ class Queries:
         """)
 
         # What a call from outside needs to know of a task that it ends.
-        self._held = self._returning_claims("""
+        self._held = self._returning_claims(
+            """
             SELECT {claim}, state, parked FROM {tasks} WHERE id = :id FOR NO KEY UPDATE
-        """)
+            """,
+            arguments=False,
+        )
 
         # Many tasks in one statement, their NOTIFY included. Two long values are read much faster
         # than a list of a hundred thousand short ones.
@@ -311,7 +329,8 @@ class Queries:
         # Every task that a worker should be doing and none is; who is silent has been declared dead
         # by the heartbeat, and who said goodbye may have had to leave something behind. Nothing is
         # locked: of several workers that find a task, the fence lets one write what becomes of it.
-        self._orphans = self._returning_claims("""
+        self._orphans = self._returning_claims(
+            """
             SELECT {claim}, EXISTS (
                 SELECT FROM {workers} AS w WHERE w.id = t.worker_id AND w.state = 'SHUTDOWN')
             FROM {tasks} AS t
@@ -319,22 +338,31 @@ class Queries:
               AND NOT EXISTS (
                 SELECT FROM {workers} AS w WHERE w.id = t.worker_id AND w.state = 'RUNNING')
             LIMIT :limit
-        """)
+            """,
+            arguments=False,
+        )
 
         # What a worker holds as the database sees it: after a lost connection, a claim may have
         # been committed whose answer never came.
-        self._mine = self._returning_claims("""
+        self._mine = self._returning_claims(
+            """
             SELECT {claim} FROM {tasks}
             WHERE state = 'PROCESSING' AND NOT parked AND worker_id = :worker_id
-        """)
+            """,
+            arguments=False,
+        )
 
     def _text(self, sql: str) -> sa.TextClause:
         return sa.text(sql.format(**self._names))
 
-    def _returning_claims(self, sql: str) -> t.Any:
-        """A statement whose rows make up claims."""
+    def _returning_claims(self, sql: str, *, arguments: bool = True) -> t.Any:
+        """A statement whose rows make up claims.
+
+        :param arguments: whether with the tasks' arguments. PostgreSQL stores some that are too
+            long for it as text.
+        """
         columns = f"""CAST(ctid AS text) AS ctid, CAST(id AS text) AS key, claims,
-            channel, module, func_name, CAST(kwargs AS text) AS arguments,
+            channel, module, func_name, {"CAST(kwargs AS text)" if arguments else "NULL"},
             priority, {epoch("scheduled_at")} AS scheduled_at, attempts, crashes, interruptions,
             {epoch("now()")} - {epoch("unknown_since")} AS unknown_for"""
         if "{claim}" not in sql:
@@ -344,32 +372,49 @@ class Queries:
     # What the worker asks.
 
     def claim(
-        self, connection: Connection, worker_id: uuid.UUID, levels: t.Sequence[Level], limit: int
+        self,
+        connection: Connection,
+        worker_id: uuid.UUID,
+        levels: t.Sequence[Level],
+        limit: int,
+        *,
+        arguments: bool = True,
     ) -> list[Claim]:
-        """Claim up to ``limit`` due tasks behind the levels' marks, in the queue's order."""
+        """Claim up to ``limit`` due tasks behind the levels' marks, in the queue's order.
+
+        :param arguments: whether the claims bring the tasks' arguments.
+        """
         rows = connection.execute(
-            self._claim,
-            {
-                "worker_id": worker_id,
-                "channels": [level.channel for level in levels],
-                "priorities": [level.priority for level in levels],
-                "ats": [level.at for level in levels],
-                "ids": [level.id for level in levels],
-                "limit": limit,
-            },
+            self._claim if arguments else self._claim_bare,
+            {"worker_id": worker_id, **behind(levels, limit)},
         )
         claims = [Claim(*row) for row in rows.all()]
         claims.sort(key=lambda claim: (claim.priority, claim.scheduled_at, claim.key))
         return claims
 
     def claim_suspect(
-        self, connection: Connection, worker_id: uuid.UUID, channels: t.Sequence[str]
+        self,
+        connection: Connection,
+        worker_id: uuid.UUID,
+        channels: t.Sequence[str],
+        *,
+        arguments: bool = True,
     ) -> Claim | None:
         """Claim one due task that was in a crash, unless another such task runs."""
         row = connection.execute(
-            self._claim_suspect, {"worker_id": worker_id, "channels": list(channels)}
+            self._claim_suspect if arguments else self._claim_suspect_bare,
+            {"worker_id": worker_id, "channels": list(channels)},
         ).first()
         return None if row is None else Claim(*row)
+
+    def next(self, connection: Connection, levels: t.Sequence[Level]) -> Front | None:
+        """Return the first task that :meth:`claim` would claim."""
+        row = connection.execute(self._next, behind(levels, 1)).first()
+        return None if row is None else Front(*row)
+
+    def arguments(self, connection: Connection, claim: Claim) -> str:
+        """Return the arguments of a claimed task as JSON."""
+        return t.cast(str, connection.execute(self._arguments, {"id": claim.id}).scalar_one())
 
     def look(self, connection: Connection, channels: t.Sequence[str]) -> Look:
         """Look from the front of the channels' queues."""
@@ -539,6 +584,17 @@ def quote(table: sa.Table) -> str:
     takes what follows a colon for a parameter."""
     preparer = postgresql.dialect().identifier_preparer  # type: ignore[no-untyped-call]
     return str(preparer.format_table(table)).replace("%%", "%").replace(":", r"\:")
+
+
+def behind(levels: t.Sequence[Level], limit: int) -> dict[str, t.Any]:
+    """How a claim is told where the levels' marks are."""
+    return {
+        "channels": [level.channel for level in levels],
+        "priorities": [level.priority for level in levels],
+        "ats": [level.at for level in levels],
+        "ids": [level.id for level in levels],
+        "limit": limit,
+    }
 
 
 def epoch(moment: str) -> str:

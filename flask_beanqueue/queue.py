@@ -121,8 +121,9 @@ class Queue:
             crashes=claim.crashes,
             interruptions=claim.interruptions,
         )
-        with contextlib.suppress(ValueError):
-            task.kwargs = claim.kwargs
+        if claim.arguments is not None:
+            with contextlib.suppress(ValueError):
+                task.kwargs = claim.kwargs
         sa_orm.make_transient_to_detached(task)
         return task
 

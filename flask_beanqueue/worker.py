@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import os
 import signal
 import socket
@@ -23,12 +24,12 @@ from .claim import Claim
 from .config import Config
 from .connection import Line, named
 from .crew import Crew
-from .errors import TROUBLE
+from .errors import TROUBLE, is_refusal, sqlstate
 from .executor import Executor
 from .heartbeat import Heartbeat
 from .listen import Listener, Source
 from .log import log, reason
-from .marks import Marks
+from .marks import Level, Marks
 from .models import uuid7
 from .queries import application_name
 from .queue import Queue
@@ -46,6 +47,8 @@ ATTEND_AFTER = 0.1
 LISTEN_LOST = 1.0
 #: Seconds that a claimed task may wait before it is given back.
 GIVE_BACK_AFTER = 0.5
+
+Claimed = t.TypeVar("Claimed")
 
 
 class WorkerDied(RuntimeError):
@@ -110,6 +113,10 @@ class Worker:
         #: There is nothing to claim before this time, unless there is news.
         self._quiet_until = 0.0
         self._looked = False
+        #: How many tasks to claim one by one, for one of them cannot be claimed.
+        self._singly = 0
+        #: What has been said to be so.
+        self._refused: set[str] = set()
         self._empty = False
         self._failures = 0
         self._strays_at = float("inf")
@@ -336,7 +343,10 @@ class Worker:
             return
         if (wanted := self._crew.wanted) > 0:
             start = time.monotonic()
-            claims = self.queue.queries.claim(connection, self.id, self._marks.turn(), wanted)
+            if self._singly > 0:
+                self._singly, wanted = self._singly - 1, 1
+            if (claims := self._claim(connection, wanted)) is None:
+                return
             self._writer.held.update(claims)
             self._crew.add(claims)
             self._marks.passed(claims, wanted)
@@ -345,6 +355,37 @@ class Worker:
                 self._look(connection)
             elif not enough:
                 self._quiet_until = self._marks.next_claim(time.monotonic() - start)
+
+    def _claim(self, connection: Connection, wanted: int) -> list[Claim] | None:
+        """Claim up to so many tasks; None if the database does not let one of them be claimed."""
+        levels = self._marks.turn()
+        try:
+            return claim_somehow(
+                functools.partial(self.queue.queries.claim, connection, self.id, levels, wanted)
+            )
+        except sa.exc.DBAPIError as error:
+            if not refuses_row(error):
+                raise
+            if wanted > 1:
+                self._singly = wanted  # to find out which one it is
+            else:
+                self._pass_over(connection, levels, error)
+            return None
+
+    def _pass_over(
+        self, connection: Connection, levels: t.Sequence[Level], error: sa.exc.DBAPIError
+    ) -> None:
+        """Pass over the one task whose claim was refused, so that it holds up no other."""
+        front = self.queue.queries.next(connection, levels)
+        if front is None:
+            raise error
+        self._marks.step_over(front)
+        self._log_refused(f"Task {front.id}", error)
+
+    def _log_refused(self, what: str, error: sa.exc.DBAPIError) -> None:
+        if what not in self._refused:
+            self._refused.add(what)
+            log.error("%s cannot be claimed: %s", what, reason(error))
 
     def _look(self, connection: Connection) -> bool:
         """Look from the front for what the marks have passed, and for how long to sleep.
@@ -366,7 +407,17 @@ class Worker:
         return due
 
     def _claim_suspect(self, connection: Connection) -> bool:
-        claim = self.queue.queries.claim_suspect(connection, self.id, self.channels)
+        try:
+            claim = claim_somehow(
+                functools.partial(
+                    self.queue.queries.claim_suspect, connection, self.id, self.channels
+                )
+            )
+        except sa.exc.DBAPIError as error:
+            if not refuses_row(error):
+                raise
+            self._log_refused("A task that was in a crash", error)
+            return False
         if claim is None:
             return False
         self._writer.held.add(claim)
@@ -554,6 +605,22 @@ def make_listen_engine(engine: Engine, config: Config) -> Engine:
     if config.LISTEN_DATABASE_URL is None:
         return engine
     return sa.create_engine(config.LISTEN_DATABASE_URL, poolclass=sa.NullPool)
+
+
+def claim_somehow(claim: t.Callable[..., Claimed]) -> Claimed:
+    """Claim with the tasks' arguments; if the database refuses, for it may be because of those,
+    without them. Each task then reads its own."""
+    try:
+        return claim()
+    except sa.exc.DBAPIError as error:
+        if not refuses_row(error):
+            raise
+    return claim(arguments=False)
+
+
+def refuses_row(error: sa.exc.DBAPIError) -> bool:
+    """Whether the database refuses to let some task be claimed, and not the statement as such."""
+    return is_refusal(error) and sqlstate(error)[:2] not in ("0A", "42")
 
 
 def check_pool(engine: sa.Engine, concurrency: int) -> None:

@@ -496,6 +496,76 @@ def test_a_task_that_was_tried_as_often_as_can_be_may_end_itself(
     assert query(database_url, "SELECT state, attempts FROM bq_tasks") == [("CANCELLED", MOST)]
 
 
+@pytest.fixture
+def odd(bq: BeanQueue) -> Any:
+    """The processor whose rows are odd."""
+
+    @bq.processor()
+    def odd(db: Any, a: Any = None) -> None:
+        db.execute(EFFECT, {"text": "odd"})
+
+    return odd
+
+
+@pytest.fixture
+def after(bq: BeanQueue) -> Any:
+    """One whose rows are not."""
+
+    @bq.processor()
+    def after(db: Any) -> None:
+        db.execute(EFFECT, {"text": "after"})
+
+    return after
+
+
+@pytest.mark.parametrize("crashes", [0, 1])
+def test_a_row_that_a_rule_does_not_let_be_claimed_disturbs_nobody(
+    app: Flask,
+    db: SQLAlchemy,
+    Note: Any,
+    odd: Any,
+    after: Any,
+    work: Work,
+    database_url: str,
+    caplog: pytest.LogCaptureFixture,
+    crashes: int,
+) -> None:
+    """A rule of the app's own, which the row was written before."""
+    query(
+        database_url,
+        "ALTER TABLE bq_tasks ADD CHECK (func_name <> 'odd' OR state = 'PENDING') NOT VALID",
+    )
+    rows = [insert(database_url, crashes=crashes) for _ in range(3)]
+    with app.app_context():
+        after.enqueue_many([{}] * 50)
+        db.session.commit()
+    work()
+    assert texts(app, db, Note) == ["after"] * 50
+    assert query(
+        database_url, "SELECT state, count(*) FROM bq_tasks GROUP BY state ORDER BY state"
+    ) == [("DONE", 50), ("PENDING", 3)]
+    for what in ["A task that was in a crash"] if crashes else rows:
+        assert caplog.text.count(f"{what} cannot be claimed: new row for relation") == 1
+
+
+@pytest.mark.slow
+def test_arguments_that_are_too_long_as_text_fail_their_task_and_no_other(
+    app: Flask, db: SQLAlchemy, Note: Any, odd: Any, after: Any, work: Work, database_url: str
+) -> None:
+    """JSONB keeps 1e131071 in some bytes; as text it has 131,072."""
+    kwargs = f'{{"a": [{",".join(["1e131071"] * 8_200)}]}}'
+    insert(database_url, kwargs=kwargs)
+    insert(database_url, kwargs=kwargs, state="PROCESSING")
+    with app.app_context():
+        after.enqueue_many([{}] * 50)
+        db.session.commit()
+    work(concurrency=1)
+    assert texts(app, db, Note) == ["after"] * 50
+    ends = query(database_url, "SELECT state, error_message FROM bq_tasks WHERE func_name = 'odd'")
+    assert [state for state, _ in ends] == ["FAILED", "FAILED"]
+    assert all("ValueError: the task's kwargs cannot be read: " in error for _, error in ends)
+
+
 # Channels. That each wakes its worker is in test_notify.
 
 CHANNELS = [
