@@ -12,6 +12,9 @@ from .claim import Claim
 #: Before every id, for a look from the front.
 NIL = str(uuid.UUID(int=0))
 FRONT = float("-inf")
+#: What PostgreSQL tells times apart by, and since when (1697) seconds since the epoch do so, too.
+MICROSECOND = 1e-6
+EXACT_SINCE = -(2.0**33)
 
 #: A look from the front may take one twentieth of the time, and comes after a second at most.
 LOOK_SHARE = 20
@@ -51,7 +54,7 @@ class Level:
     def go_back(self, front: Front) -> None:
         """Let the next claim start at a task that the mark has passed."""
         self.passed = max(self.mark, self.passed or self.mark)
-        self.mark = (front.at, NIL)
+        self.mark = (front.at - MICROSECOND if front.at > EXACT_SINCE else FRONT, NIL)
 
     def return_(self) -> None:
         """There is nothing left behind the old mark: go on from there."""
@@ -115,7 +118,8 @@ class Marks:
 
     def step_over(self, front: Front) -> None:
         """Move a mark behind a task that cannot be claimed. A look finds it again."""
-        self._levels[front.channel, front.priority].mark = front.at, front.id
+        at = front.at if front.at > EXACT_SINCE else front.at + 1e-3
+        self._levels[front.channel, front.priority].mark = at, front.id
 
     def look_soon(self) -> None:
         """Let the next look come as early as it is wanted."""

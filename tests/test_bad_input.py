@@ -50,6 +50,7 @@ from flask_beanqueue import (
 from . import postgres
 from .conftest import MakeApp, texts, with_driver
 from .probe import (
+    Probe,
     query,
 )
 
@@ -564,6 +565,30 @@ def test_arguments_that_are_too_long_as_text_fail_their_task_and_no_other(
     ends = query(database_url, "SELECT state, error_message FROM bq_tasks WHERE func_name = 'odd'")
     assert [state for state, _ in ends] == ["FAILED", "FAILED"]
     assert all("ValueError: the task's kwargs cannot be read: " in error for _, error in ends)
+
+
+def test_rows_that_come_behind_the_mark_are_found_whatever_their_time_and_id(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, odd: Any, after: Any, probe: Probe, database_url: str
+) -> None:
+    """Times long ago are known to a worker less exactly than to PostgreSQL."""
+    probe.listen_states()
+    worker = bq.worker(app=app, concurrency=1)
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    try:
+        with app.app_context():
+            after.enqueue()
+            db.session.commit()
+        probe.wait("after DONE")
+        times = [f"1000-01-01 00:00:00.{number}" for number in range(100_001, 100_009)]
+        rows = [{"scheduled_at": time} for time in [*times, "4714-11-24 BC", "-infinity"]]
+        for row in [*rows, {"id": NIL}]:
+            insert(database_url, **row)
+            query(database_url, 'NOTIFY "default"')
+            probe.wait("odd DONE", timeout=20)
+    finally:
+        worker.stop()
+        thread.join(30)
 
 
 # Channels. That each wakes its worker is in test_notify.
