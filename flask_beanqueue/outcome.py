@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import logging
 import traceback
+import types
 import typing as t
 
 from sqlalchemy.engine import Connection
@@ -32,6 +33,8 @@ MAX_INTERRUPTIONS = 20
 #: Characters of an error message and of a traceback that are kept.
 MESSAGE_LENGTH = 2_000
 TRACEBACK_LENGTH = 100_000
+#: What a function returns that has not run.
+UNRUN = (types.CoroutineType, types.GeneratorType, types.AsyncGeneratorType)
 
 
 @dataclasses.dataclass(slots=True)
@@ -323,12 +326,23 @@ def lost(outcome: Outcome) -> None:
 
 
 def storable(claim: Claim, result: t.Any) -> str | None:
-    """A processor's result as JSON, or None if there is none or it cannot be stored."""
+    """A processor's result as JSON, or None if there is none or it cannot be stored.
+
+    :raises TypeError: if it is what a coroutine or generator function returns, which a decorator
+        may hide.
+    """
     if result is None:
         return None
     try:
         return to_json(result)
     except Exception as error:
+        if isinstance(result, UNRUN):
+            if not isinstance(result, types.AsyncGeneratorType):
+                result.close()  # or Python warns of it
+            raise TypeError(
+                f"The processor returned a {type(result).__name__}, and nothing has run in it. Call"
+                " asyncio.run(…) or list(…) in the processor."
+            ) from None
         log.warning(
             "The result of %s is not stored: %s", claim.label, error, extra=claim.log_extra()
         )

@@ -667,6 +667,29 @@ def test_a_result_is_stored_or_left_out(results_ended: dict[str, End], name: str
     assert ("is not stored: " in end.log) is not stored
 
 
+async def coroutine() -> None:
+    pass
+
+
+def generator() -> Iterator[int]:
+    yield 1
+
+
+async def async_generator() -> Any:
+    yield 1
+
+
+def test_a_result_that_has_yet_to_run_is_a_failure(end_all: Any) -> None:
+    """Behind a decorator, nobody sees that the function is no ordinary one."""
+    unrun = {
+        function.__name__: lambda db, task, function=function: function()
+        for function in (coroutine, generator, async_generator)
+    }
+    for name, end in end_all(unrun).items():
+        assert (end.state, end.effects) == ("FAILED", [])
+        assert f"The processor returned a {name}, and nothing has run in it. Call" in end.error
+
+
 # Exceptions: what the error message says of them.
 
 
