@@ -37,6 +37,8 @@ def to_json(value: t.Any) -> str:
         raise ValueError(
             str(error).replace("Out of range float values", "NaN and Infinity")
         ) from None
+    except Exception as error:  # of the value's own: a mapping's items() may do anything
+        raise ValueError(f"it raises {type(error).__name__}: {error}") from error
     if r"\u0000" in text and NUL.search(text):
         raise ValueError("it holds the character U+0000, which PostgreSQL cannot store")
     if r"\ud" in text:  # a surrogate, perhaps a lone one

@@ -335,7 +335,7 @@ def storable(claim: Claim, result: t.Any) -> str | None:
         return None
     try:
         return to_json(result)
-    except Exception as error:
+    except BaseException as error:  # what is in it may do anything
         if isinstance(result, UNRUN):
             if not isinstance(result, types.AsyncGeneratorType):
                 result.close()  # or Python warns of it
@@ -344,7 +344,10 @@ def storable(claim: Claim, result: t.Any) -> str | None:
                 " asyncio.run(…) or list(…) in the processor."
             ) from None
         log.warning(
-            "The result of %s is not stored: %s", claim.label, error, extra=claim.log_extra()
+            "The result of %s is not stored: %s",
+            claim.label,
+            describe(error),
+            extra=claim.log_extra(),
         )
         return None
 

@@ -227,6 +227,7 @@ NO_ARGUMENT = {
     "100 lists within each other": (nested(100), "it is nested too deeply"),
     "101 lists within each other": (nested(101), "it is nested too deeply"),
     "100,000 lists within each other": (nested(100_000), "it is nested too deeply, or holds"),
+    "a mapping that raises": (Mapping(a=1), "it raises LookupError: no items"),
 }
 
 
@@ -646,6 +647,7 @@ RESULTS = {
     "100,000 lists within each other": (nested(100_000), False),
     "a number of 5,000 digits": (10**4_999, False),
     "a mapping that raises": (Mapping(a=1), False),
+    "a mapping that ends the program": (Leaving(a=1), False),
 }
 
 
