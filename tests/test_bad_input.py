@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import tracemalloc
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -277,6 +278,19 @@ def test_an_argument_whose_name_is_no_text_is_refused(bq: BeanQueue) -> None:
 
     with pytest.raises(ArgumentError, match=r"^Item 0: .*keywords must be strings"):
         tag.enqueue_many([{1: "x"}])
+
+
+@pytest.mark.parametrize(
+    ("text", "refused"), [("\\u0000", False), ("\0", True)], ids=["what looks like NUL", "NUL"]
+)
+def test_many_backslashes_take_little_memory(resize: Any, text: str, refused: bool) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(ArgumentError) if refused else contextlib.nullcontext():
+            resize.run(width=1, height="\\" * 1_000_000 + text)
+        assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.slow
