@@ -8,6 +8,9 @@ import typing as t
 #: Lists within lists that an argument may hold. Python's own limit depends on the caller: what a
 #: view can encode, a worker may not be able to decode.
 DEEPEST = 100
+#: Characters of JSON: as many as PostgreSQL takes bytes. Of four times as many it does not say that
+#: they are too many, but closes the connection.
+LARGEST = 2**28 - 1
 
 #: json.dumps would make one anew for each value.
 ENCODER = json.JSONEncoder(allow_nan=False, ensure_ascii=True)
@@ -42,6 +45,10 @@ def to_json(value: t.Any) -> str:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise ValueError("it holds half of a surrogate pair, which is no text") from None
+    if len(text) > LARGEST:
+        raise ValueError(
+            f"it is too large: {len(text)} characters of JSON, of which PostgreSQL takes {LARGEST}"
+        )
     if text.count("[") + text.count("{") > DEEPEST and is_deep(value):
         raise ValueError("it is nested too deeply")
     return text

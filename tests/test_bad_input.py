@@ -45,6 +45,7 @@ from flask_beanqueue import (
     ArgumentError,
     BeanQueue,
     LimitAttempt,
+    arguments,
     outcome,
 )
 
@@ -291,6 +292,15 @@ def test_many_backslashes_take_little_memory(resize: Any, text: str, refused: bo
         assert tracemalloc.get_traced_memory()[1] < 20_000_000
     finally:
         tracemalloc.stop()
+
+
+def test_an_argument_that_is_too_large_is_refused_by_name(
+    resize: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arguments, "LARGEST", 100)
+    assert resize.run(width=1, height="x" * 70).kwargs["height"]
+    with pytest.raises(ArgumentError, match=r"'height' .* too large: 113 characters of JSON, of"):
+        resize.run(width=1, height="x" * 99)
 
 
 @pytest.mark.slow
@@ -681,6 +691,15 @@ def test_a_result_is_stored_or_left_out(results_ended: dict[str, End], name: str
     assert (end.state, end.attempts, len(end.effects)) == ("DONE", 1, 1)
     assert end.result == (value if stored else None)
     assert ("is not stored: " in end.log) is not stored
+
+
+def test_a_result_that_is_too_large_is_left_out(
+    end_all: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arguments, "LARGEST", 100)
+    [end] = end_all({"large": returning("x" * 99)}).values()
+    assert (end.state, end.result, len(end.effects)) == ("DONE", None, 1)
+    assert "is not stored: ValueError: it is too large: 101 characters" in end.log
 
 
 async def coroutine() -> None:
