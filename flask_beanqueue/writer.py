@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 import typing as t
 import uuid
@@ -27,6 +26,9 @@ LOCK_TIMEOUT = 0.1
 LOCKED_AGAIN = 1.0
 #: Tasks that are taken over at once.
 TAKE_OVER_SIZE = 1000
+#: Characters of results and tracebacks that go into one statement, if there is more than one
+#: outcome. PostgreSQL closes the connection to who sends a gigabyte.
+LARGEST_PART = 2**26
 
 
 class Writer:
@@ -152,7 +154,7 @@ class Writer:
             first = next(iter(self._backlog.values()))
             # One kind at a time goes into one statement, of which nothing is left if it fails.
             same = (each for each in self._backlog.values() if each.is_plain == first.is_plain)
-            self._write_part(connection, list(itertools.islice(same, self._batch_size)))
+            self._write_part(connection, first_part(same, self._batch_size))
 
     def _write_part(self, connection: Connection, part: list[Outcome]) -> None:
         """Write outcomes together; where the database refuses one, the others without it."""
@@ -244,3 +246,18 @@ class Writer:
                 outcomes.announce(self._app, self._queue, outcome)
         except Exception:  # of a function that the app runs around its contexts
             log.exception("The app context of a signal raised")
+
+
+def first_part(waiting: t.Iterable[Outcome], most: int) -> list[Outcome]:
+    """The first outcomes that go into one statement.
+
+    :param most: how many.
+    """
+    part: list[Outcome] = []
+    size = 0
+    for outcome in waiting:
+        size += len(outcome.result or "") + len(outcome.traceback or "")
+        if part and (len(part) == most or size > LARGEST_PART):
+            break
+        part.append(outcome)
+    return part

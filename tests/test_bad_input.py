@@ -47,7 +47,9 @@ from flask_beanqueue import (
     LimitAttempt,
     arguments,
     outcome,
+    writer,
 )
+from flask_beanqueue.outcome import Outcome
 
 from . import postgres
 from .conftest import MakeApp, texts, with_driver
@@ -700,6 +702,21 @@ def test_a_result_that_is_too_large_is_left_out(
     [end] = end_all({"large": returning("x" * 99)}).values()
     assert (end.state, end.result, len(end.effects)) == ("DONE", None, 1)
     assert "is not stored: ValueError: it is too large: 101 characters" in end.log
+
+
+def test_large_results_go_into_several_statements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PostgreSQL closes the connection to who sends a gigabyte at once."""
+    monkeypatch.setattr(writer, "LARGEST_PART", 100)
+    claim: Any = None
+    waiting = [
+        Outcome(claim, "DONE", result=size and "x" * size) for size in (None, 60, 30, 20, 300, 50)
+    ]
+    parts = []
+    while waiting:
+        part = writer.first_part(waiting, 3)
+        parts.append([each.result and len(each.result) for each in part])
+        waiting = waiting[len(part) :]
+    assert parts == [[None, 60, 30], [20], [300], [50]]
 
 
 async def coroutine() -> None:
