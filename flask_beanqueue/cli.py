@@ -230,6 +230,8 @@ def submit_command(channel: str, module: str, func: str, kwargs: str, priority: 
         arguments = json.loads(kwargs)
     except ValueError as error:
         raise click.BadParameter(f"This is not JSON: {error}.", param_hint="'--kwargs'") from None
+    except RecursionError:
+        raise click.BadParameter("This is nested too deeply.", param_hint="'--kwargs'") from None
     if not isinstance(arguments, dict):
         raise click.BadParameter(
             'This is no JSON object, such as {"width": 200}.', param_hint="'--kwargs'"

@@ -334,6 +334,7 @@ SUBMITTED = {
     "half of a surrogate pair": ('{"width": "\\ud800"}', "it holds half of a surrogate pair"),
     "bytes that are no text": ('{"width": "\udce9"}', "it holds half of a surrogate pair"),
     "101 lists within each other": (f'{{"width": {nested(101)}}}', "it is nested too deeply"),
+    "50,000 lists": ('{"width": ' + "[" * 50_000 + "]" * 50_000 + "}", "nested too deeply"),
     "an argument too few": ("{}", "missing a required argument: 'width'"),
     "an argument too many": ('{"width": 1, "depth": 2}', "unexpected keyword argument 'depth'"),
 }
