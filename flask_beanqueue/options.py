@@ -10,6 +10,8 @@ import sqlalchemy as sa
 
 #: The longest delay, so that it ends in a year that Python knows.
 CENTURIES = datetime.timedelta(days=365_000)
+#: Bytes of a channel's name: a row of an index takes 2,704, and the channel is not alone in it.
+LONGEST_CHANNEL = 2_500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,11 @@ class Options:
 
 def check_channel(channel: t.Any) -> None:
     check_text("channel", channel)
+    if (size := len(channel.encode())) > LONGEST_CHANNEL:
+        raise ValueError(
+            f"channel takes {size} bytes, but at most {LONGEST_CHANNEL} go into an index of"
+            f" PostgreSQL: {channel[:50]!r}…"
+        )
 
 
 def check_text(name: str, text: t.Any) -> None:

@@ -651,6 +651,19 @@ def test_any_channel_is_worked_on(app: Flask, bq: BeanQueue, work: Work, databas
     ]
 
 
+@pytest.mark.parametrize("way", ["processor", "using", "worker"])
+def test_a_channel_that_no_index_takes_is_refused_where_it_is_named(
+    app: Flask, bq: BeanQueue, resize: Any, way: str
+) -> None:
+    name = {
+        "processor": lambda channel: bq.processor(channel=channel),
+        "using": lambda channel: resize.using(channel=channel),
+        "worker": lambda channel: bq.worker([channel], app=app),
+    }
+    with pytest.raises(ValueError, match="channel takes 2502 bytes, but at most 2500 go into an"):
+        name[way]("☃" * 834)
+
+
 # Results: stored as they are, or the task is DONE without, and the log says why.
 
 

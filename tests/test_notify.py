@@ -259,7 +259,7 @@ def test_any_channel_name_wakes_its_worker(
     @example(channel='"' * 63)
     @example(channel="ü" * 31 + "x")
     @example(channel="ü" * 32)
-    @example(channel="☃" * 1000)
+    @example(channel="☃" * 800)
     def check(channel: str) -> None:
         with contextlib.closing(Listener(bq.engine(app), [channel])) as listener:
             assert listener.listen()
@@ -277,7 +277,7 @@ def test_any_channel_name_wakes_its_worker(
     assert query(database_url, "SELECT DISTINCT state FROM bq_tasks") == [("DONE",)]
 
 
-@pytest.mark.parametrize("channel", ['a"b', "%s", "☃" * 1000])
+@pytest.mark.parametrize("channel", ['a"b', "%s", "☃" * 800])
 def test_a_task_that_is_given_back_wakes_the_worker_of_any_channel(
     app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Any, channel: str
 ) -> None:
