@@ -1428,6 +1428,51 @@ def test_an_isolation_level_of_one_task_is_not_the_next_ones(
     assert seen[0] == seen[1] == seen[2]
 
 
+def test_what_a_task_leaves_behind_does_not_reach_the_queues_own_connections(
+    app: Flask, bq: BeanQueue, probe: Probe, database_url: str
+) -> None:
+    """A worker connects anew when the database is in trouble, and finds its tables all the same."""
+    probe.listen_states()
+    query(
+        database_url,
+        """
+        CREATE SEQUENCE claims;
+        CREATE FUNCTION trouble() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            IF nextval('claims') < 4 THEN
+                RAISE 'disk full' USING ERRCODE = '53100';
+            END IF;
+            RETURN NEW;
+        END $$;
+        CREATE TRIGGER trouble BEFORE UPDATE ON bq_tasks FOR EACH ROW
+            WHEN (NEW.func_name = 'odd' AND NEW.state = 'PROCESSING')
+            EXECUTE FUNCTION trouble();
+        """,
+    )
+
+    @bq.processor()
+    def leave(db: Any) -> None:
+        db.execute(sa.text("SET search_path TO nowhere"))
+        db.execute(sa.text("COMMIT"))
+        raise KeyError
+
+    @bq.processor()
+    def odd() -> None:
+        pass
+
+    worker = bq.worker(app=app, concurrency=1)
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    try:
+        for name, state in (("leave", "FAILED"), ("odd", "DONE")):
+            insert(database_url, func_name=name)
+            query(database_url, 'NOTIFY "default"')
+            probe.wait(f"{name} {state}")
+    finally:
+        worker.stop()
+        thread.join(30)
+
+
 # Any value, any words.
 
 NUMBERS = st.integers() | st.integers(4_000, 5_000).map(lambda digits: 10**digits) | st.floats()
