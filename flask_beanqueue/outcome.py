@@ -184,7 +184,8 @@ def crashed(claim: Claim, maximum: int) -> Outcome:
 
 def unknown(claim: Claim, known: int, grace: float) -> Outcome:
     """This worker has no such processor; another one may, in the middle of a deploy."""
-    message = f"No processor {claim.name} is registered in this worker, which knows {known}."
+    name = storable_text(claim.name, MESSAGE_LENGTH)
+    message = f"No processor {name} is registered in this worker, which knows {known}."
     if claim.module == "__main__":
         message += (
             " A script that was run directly, as python app.py, made this task. Run it as a module"

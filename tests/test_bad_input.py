@@ -511,6 +511,7 @@ def test_a_row_that_raw_sql_wrote_ends_somehow_and_disturbs_nobody(
     state, error = rows_ended[name]
     assert state == expected
     assert words in error
+    assert len(error) < 3_000
 
 
 def test_a_task_that_was_tried_as_often_as_can_be_may_end_itself(
