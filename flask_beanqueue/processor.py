@@ -74,8 +74,11 @@ class Processor(t.Generic[P, R_co]):
             BaseException if retry_exceptions is None else retry_exceptions
         )
         self.auto_complete = auto_complete
-        if not hasattr(func, "__name__") or not hasattr(func, "__module__"):
-            raise TypeError(f"{func!r} has no name, by which its tasks could find it. Write a def.")
+        if not all(getattr(func, name, None) for name in ("__name__", "__module__")):
+            raise TypeError(
+                f"{func!r} has no name or no module, by which its tasks could find it. Write a def"
+                " in a module."
+            )
         self.module = func.__module__
         self.func_name = func.__name__
         functools.update_wrapper(self, func)

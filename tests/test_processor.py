@@ -669,6 +669,9 @@ def test_a_plain_call_takes_positions_as_run_does(
 def test_what_has_no_name_is_no_processor(bq: BeanQueue) -> None:
     with pytest.raises(TypeError, match="has no name"):
         bq.processor()(functools.partial(print, "x"))
+    nowhere = types.FunctionType((lambda: None).__code__, {})
+    with pytest.raises(TypeError, match="has no name"):
+        bq.processor()(nowhere)
 
 
 def test_a_plain_call_with_everything_given_needs_no_app(resize: Any) -> None:
