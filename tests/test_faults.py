@@ -246,6 +246,28 @@ def test_a_second_signal_does_not_wait_for_running_tasks(
     assert rows(database_url, "state, attempts, crashes") == [("PENDING", 0, 0)]
 
 
+def test_a_task_that_stops_its_own_worker_is_done_and_the_others_wait(
+    app: Flask, database_url: str, probe: Probe, processes: Processes
+) -> None:
+    with probe.gate("waiting long") as open_gate:
+        faults.wait.enqueue(name="long")
+        faults.db.session.commit()
+        worker = processes.worker(APP, "--concurrency", "2")
+        probe.wait("waiting long")
+        faults.stop_worker.enqueue()
+        faults.db.session.commit()
+        worker.wait_line("stops")
+        faults.nothing.enqueue()
+        faults.db.session.commit()
+        open_gate()
+    assert worker.wait() == 0
+    assert rows(database_url, "func_name, state, attempts, crashes") == [
+        ("wait", "DONE", 1, 0),
+        ("stop_worker", "DONE", 1, 0),
+        ("nothing", "PENDING", 0, 0),
+    ]
+
+
 def test_sigterm_on_top_of_ctrl_c_does_not_cut_tasks_short(
     app: Flask, database_url: str, probe: Probe, processes: Processes
 ) -> None:

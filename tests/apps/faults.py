@@ -157,3 +157,8 @@ def lock_own_row() -> None:
     current_task.priority = 3
     db.session.flush()
     pause("own row locked")
+
+
+@bq.processor(channel="faults")
+def stop_worker() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
