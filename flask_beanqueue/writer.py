@@ -87,6 +87,11 @@ class Writer:
             claim for claim in self.held if claim not in self._backlog and claim not in self._locked
         ]
 
+    @property
+    def _in_hand(self) -> t.Iterable[Claim]:
+        """The claims that are held, and those of others that are being taken over."""
+        return itertools.chain(self.held, self._backlog, self._locked)
+
     def release(self, claim: Claim, *, waits: bool = False) -> None:
         """Hold a claim no longer: there is nothing left to write of it."""
         self._forget(claim)
@@ -121,7 +126,7 @@ class Writer:
         """
         orphans = None
         while orphans is None or len(orphans) == TAKE_OVER_SIZE:
-            known = {claim.key for claim in (*self._backlog, *self._locked)} | self._given_up
+            known = {claim.key for claim in self._in_hand} | self._given_up
             orphans = self._queue.queries.orphans(connection, TAKE_OVER_SIZE, known)
             for claim, left in orphans:
                 self.add(
@@ -131,7 +136,7 @@ class Writer:
 
     def give_back_strays(self, connection: Connection, worker_id: uuid.UUID) -> None:
         """Give back claims that were committed although the answer was lost with a connection."""
-        known = {(claim.key, claim.claims) for claim in self.held}
+        known = {(claim.key, claim.claims) for claim in self._in_hand}
         mine = self._queue.queries.mine(connection, worker_id)
         strays = [
             claim

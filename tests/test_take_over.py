@@ -14,6 +14,7 @@ from flask_sqlalchemy import SQLAlchemy
 
 from flask_beanqueue import BeanQueue, task_failed, writer
 from flask_beanqueue.connection import connect
+from flask_beanqueue.marks import Level
 from flask_beanqueue.models import uuid7
 from flask_beanqueue.writer import Writer
 
@@ -232,6 +233,46 @@ def test_a_task_that_is_taken_over_by_two_is_counted_once(
         assert len(found) == 1
         assert (task.state, task.crashes, len(task.events)) == ("PENDING", 1, 1)
     assert "no longer this worker's" not in caplog.text
+
+
+def test_a_worker_that_counts_as_dead_does_not_take_over_what_it_has_in_its_own_hands(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, other: Writer, take_over: Callable[[], None]
+) -> None:
+    """It has been frozen, and may take over before its heartbeat tells it. What it runs would be
+    counted as crashed, and run a second time, while it may still end."""
+    worker_id = add_worker(app, bq, "NO_HEARTBEAT")
+    with app.app_context(), contextlib.closing(connect(bq.engine(app))) as connection:
+        mine = bq.Task(module="m", name="f")
+        db.session.add(mine)
+        db.session.commit()
+        other.held.update(bq.queries.claim(connection, worker_id, [Level("default", 0)], 1))
+        orphan = held(bq)
+        db.session.add(orphan)
+        db.session.commit()
+        take_over()
+        assert [(task.state, task.crashes) for task in (mine, orphan)] == [
+            ("PROCESSING", 0),
+            ("PENDING", 1),
+        ]
+
+
+def test_a_stray_claim_that_is_being_taken_over_is_not_given_back_as_well(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, other: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker came back before the claim whose answer it lost, and has counted as dead since.
+    Of two outcomes of one claim in one statement, either may be written."""
+    worker_id = add_worker(app, bq, "NO_HEARTBEAT")
+    with app.app_context(), contextlib.closing(connect(bq.engine(app))) as connection:
+        db.session.add(held(bq, worker_id))
+        db.session.commit()
+        with monkeypatch.context() as patch:
+            patch.setattr(other, "write", lambda connection: None)
+            other.take_over(connection, 3)
+        other.give_back_strays(connection, worker_id)
+        assert not other.held
+        other.write(connection)
+        task = db.session.scalars(sa.select(bq.Task)).one()
+        assert (task.state, task.crashes) == ("PENDING", 1)
 
 
 def test_a_worker_takes_over_when_it_starts_and_before_a_burst_ends(
