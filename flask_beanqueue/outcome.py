@@ -254,12 +254,12 @@ def write(
     plain = outcomes[0].is_plain
     if plain:
         done = [(outcome.claim, outcome.result) for outcome in outcomes]
-        keys = queries.finish(connection, done, lock_timeout)
+        held = queries.finish(connection, done, lock_timeout)
     else:
-        keys = queries.settle(connection, [each.settlement() for each in outcomes], lock_timeout)
+        held = queries.settle(connection, [each.settlement() for each in outcomes], lock_timeout)
     written = []
     for outcome in outcomes:
-        if outcome.claim.key in keys:
+        if (outcome.claim.key, outcome.claim.claims) in held:
             written.append(outcome)
         elif plain:
             outcome.moved = True

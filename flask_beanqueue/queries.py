@@ -177,7 +177,7 @@ class Queries:
             CROSS JOIN patience
             WHERE t.ctid = done.ctid AND t.id = done.id AND t.claims = done.claims
               AND t.state || '' = 'PROCESSING'
-            RETURNING CAST(t.id AS text)
+            RETURNING CAST(t.id AS text), t.claims
         """)
 
         # The same for the one task whose transaction this is: planned in a third of the time.
@@ -226,7 +226,7 @@ class Queries:
                 FROM outcome
                 WHERE t.id = outcome.id AND t.claims = outcome.claims AND t.state = 'PROCESSING'
                   AND t.parked = outcome.was_parked
-                RETURNING t.id, t.state, t.scheduled_at, t.error_message,
+                RETURNING t.id, t.claims, t.state, t.scheduled_at, t.error_message,
                     outcome.channel, outcome.event_id, outcome.event, outcome.traceback
             ), written AS (
                 INSERT INTO {events}
@@ -239,7 +239,7 @@ class Queries:
                 FROM (SELECT DISTINCT channel FROM settled WHERE state = 'PENDING') AS waiting
                 WHERE :notify
             )
-            SELECT CAST(id AS text) FROM settled CROSS JOIN notified
+            SELECT CAST(id AS text), claims FROM settled CROSS JOIN notified
         """)
 
         # Which rows somebody else has locked, without waiting for them.
@@ -431,14 +431,14 @@ class Queries:
         connection: Connection,
         done: t.Sequence[tuple[Claim, str | None]],
         lock_timeout: float | None = None,
-    ) -> set[str]:
+    ) -> set[tuple[str, int]]:
         """Mark claimed tasks DONE, each with its result as JSON.
 
         :param lock_timeout: seconds to wait for a locked row, in autocommit.
-        :return: the keys of those whose row was still where it was, and still claimed.
+        :return: key and number of those claims whose row was still where it was, and still theirs.
         """
         any_result = any(result is not None for _, result in done)
-        keys = connection.scalars(
+        rows = connection.execute(
             self._finish,
             {
                 "ctids": array(f'"{claim.ctid}"' for claim, _ in done),
@@ -448,7 +448,7 @@ class Queries:
                 "lock_timeout": milliseconds(lock_timeout),
             },
         )
-        return set(keys.all())
+        return {(key, claims) for key, claims in rows}
 
     def finish_one(self, connection: Connection, claim: Claim, result: str | None) -> bool:
         """Mark one claimed task DONE in the transaction at hand, and tell whether its row was still
@@ -464,13 +464,13 @@ class Queries:
         connection: Connection,
         outcomes: t.Sequence[dict[str, t.Any]],
         lock_timeout: float | None = None,
-    ) -> set[str]:
+    ) -> set[tuple[str, int]]:
         """Write outcomes with their events.
 
         :param lock_timeout: seconds to wait for a locked row, in autocommit.
-        :return: the keys of the tasks that were still claimed.
+        :return: key and number of the claims that still held.
         """
-        keys = connection.scalars(
+        rows = connection.execute(
             self._settle,
             {
                 "outcomes": json.dumps(outcomes),
@@ -478,7 +478,7 @@ class Queries:
                 "lock_timeout": milliseconds(lock_timeout),
             },
         )
-        return set(keys.all())
+        return {(key, claims) for key, claims in rows}
 
     def locked(self, connection: Connection, keys: t.Sequence[str]) -> set[str]:
         """Return the keys of those tasks whose rows another transaction has locked."""

@@ -189,9 +189,9 @@ class Writer:
                 self._announce(outcome)
         if plain:
             return  # the rest has moved, and stays to be written
-        keys = {outcome.claim.key for outcome in written}
+        claims = {outcome.claim for outcome in written}
         for outcome in part:
-            if outcome.claim.key in keys:
+            if outcome.claim in claims:
                 continue
             if outcome.claim in self.held and outcome.claim not in self._unsure:
                 outcomes.lost(outcome)

@@ -118,7 +118,7 @@ def test_finish_leaves_a_row_alone_that_lies_where_the_claimed_one_lay(
 
     assert bq.queries.finish(connection, [(deleted, None)]) == set()
     assert task(database_url, claim.id) == (claim.ctid, "PROCESSING", 1)
-    assert bq.queries.finish(connection, [(claim, None)]) == {claim.key}
+    assert bq.queries.finish(connection, [(claim, None)]) == {(claim.key, claim.claims)}
 
 
 def test_finish_leaves_a_task_alone_that_was_claimed_again(
@@ -134,7 +134,7 @@ def test_finish_leaves_a_task_alone_that_was_claimed_again(
 
     assert bq.queries.finish(connection, [(late, None)]) == set()
     assert task(database_url, second.id) == (second.ctid, "PROCESSING", 2)
-    assert bq.queries.finish(connection, [(second, None)]) == {second.key}
+    assert bq.queries.finish(connection, [(second, None)]) == {(second.key, second.claims)}
 
 
 def test_finish_leaves_a_task_alone_that_is_no_longer_processing(
@@ -205,9 +205,26 @@ def test_finish_ends_the_tasks_that_are_still_claimed_and_names_them(
     query(database_url, "DELETE FROM bq_tasks WHERE id = %s", str(deleted.id))
 
     done = [(first, "1"), (deleted, "2"), (last, None)]
-    assert bq.queries.finish(connection, done) == {first.key, last.key}
+    assert bq.queries.finish(connection, done) == {(first.key, 1), (last.key, 1)}
     found = query(database_url, "SELECT state, result FROM bq_tasks ORDER BY id")
     assert found == [("DONE", 1), ("DONE", None)]
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_of_two_claims_of_one_task_the_one_that_holds_is_written_and_told_of(
+    bq: BeanQueue, connection: Connection, take_all: TakeAll, database_url: str, plain: bool
+) -> None:
+    """A worker that was given up for dead may claim a task again that it has not let go of."""
+    make(database_url)
+    [first] = take_all()
+    query(database_url, "UPDATE bq_tasks SET state = 'PENDING'")
+    [second] = take_all()
+    if plain:
+        outcomes = [outcome.succeeded(claim, None, event=False) for claim in (first, second)]
+    else:
+        outcomes = [outcome.failed(first, ValueError()), outcome.given_back(second)]
+    assert outcome.write(bq.queries, connection, outcomes) == outcomes[1:]
+    assert task(database_url, second.id)[1] == ("DONE" if plain else "PENDING")
 
 
 # claim
@@ -305,7 +322,7 @@ def test_a_claim_takes_rows_that_an_open_transaction_refers_to(
         assert connection.execute(locked).all() == []  # the lock is there
         [claim] = take_all()
         assert claim.id == task_id
-        assert bq.queries.finish(connection, [(claim, None)], lock_timeout=0.1) == {claim.key}
+        assert len(bq.queries.finish(connection, [(claim, None)], lock_timeout=0.1)) == 1
 
 
 # insert
