@@ -317,13 +317,19 @@ class Queries:
             UPDATE {workers} SET state = 'SHUTDOWN' WHERE id = :id AND state = 'RUNNING'
         """)
 
-        # A frozen worker still holds locks on what it flushed. Its process has given the name to
-        # its connections; PostgreSQL allows ending backends of one's own role.
+        # A frozen worker still holds locks on what it flushed; and so may one that has shut down
+        # without getting at a locked row, if its process then hangs. The process has given the
+        # name to its connections; PostgreSQL allows ending backends of one's own role.
         self._terminate = self._text("""
-            SELECT pg_terminate_backend(backend.pid, 1000)
-            FROM pg_stat_activity AS backend
-            JOIN {workers} AS w ON backend.application_name = :prefix || CAST(w.id AS text)
-            WHERE w.state = 'NO_HEARTBEAT' AND backend.usename = current_user
+            WITH gone AS MATERIALIZED (
+                SELECT backend.pid, w.id, w.state FROM pg_stat_activity AS backend
+                JOIN {workers} AS w ON backend.application_name = :prefix || CAST(w.id AS text)
+                WHERE w.state <> 'RUNNING' AND backend.usename = current_user
+            )
+            SELECT pg_terminate_backend(pid, 1000) FROM gone
+            WHERE state = 'NO_HEARTBEAT' OR EXISTS (
+                SELECT FROM {tasks} AS t
+                WHERE t.worker_id = gone.id AND t.state = 'PROCESSING' AND NOT t.parked)
         """)
 
         # Every task that a worker should be doing and none is; who is silent has been declared dead
@@ -563,7 +569,8 @@ class Queries:
         connection.execute(self._retire, {"id": worker_id})
 
     def terminate(self, connection: Connection) -> int:
-        """End the backends of dead workers, and with them their locks; return how many."""
+        """End the backends of workers that are dead, or gone and have left tasks behind, and with
+        them their locks; return how many."""
         return len(connection.execute(self._terminate, {"prefix": application_name("")}).all())
 
     def orphans(

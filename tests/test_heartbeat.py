@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +16,7 @@ from flask_beanqueue import BeanQueue
 from flask_beanqueue.connection import connect
 from flask_beanqueue.heartbeat import Heartbeat
 from flask_beanqueue.models import uuid7
+from flask_beanqueue.queries import application_name
 
 MakeHeartbeat = Callable[..., Heartbeat]
 
@@ -144,6 +146,31 @@ def test_a_refused_end_of_backends_keeps_nobody_from_being_declared_dead(
         assert first.beat()
         assert (states(db, bq), buried) == (["NO_HEARTBEAT", "RUNNING"], [first])
     assert "cannot be ended: permission denied" in caplog.text
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_a_worker_that_has_left_a_locked_task_behind_keeps_no_backends(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, make_heartbeat: MakeHeartbeat, left: bool
+) -> None:
+    """If its process hangs on its way out, it would keep the task from everybody else."""
+    first, second = make_heartbeat(), make_heartbeat()
+    name = application_name(second._worker_id)
+    with app.app_context(), contextlib.closing(connect(bq.engine(app))) as connection:
+        task = bq.Task(module="m", name="f", state="PROCESSING", claims=1)
+        task.worker_id = second._worker_id if left else None
+        db.session.add(task)
+        db.session.commit()
+        bq.queries.retire(connection, second._worker_id)
+        with bq.engine(app).connect() as hanging:
+            hanging.execute(
+                sa.text("SELECT set_config('application_name', :name, false)"), {"name": name}
+            )
+            hanging.execute(sa.select(bq.Task.id).with_for_update())
+            assert first.beat()
+            assert bq.queries.locked(connection, [str(task.id)]) == (
+                set() if left else {str(task.id)}
+            )
+            hanging.invalidate()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
