@@ -252,5 +252,10 @@ def test_all_statements_are_made_when_nothing_but_the_models_is_known() -> None:
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
                 assert function.name == "__init__"
                 made.add(f"self.{node.attr}")
-    handed_over = {ast.unparse(node) for function, node in sql("queries") if function != "__init__"}
-    assert {text for text in handed_over if text.startswith("self._")} < made
+    handed_over = {
+        ast.unparse(part)
+        for function, node in sql("queries")
+        if function != "__init__"
+        for part in ast.walk(node)
+    }
+    assert {text for text in handed_over if re.fullmatch(r"self\._\w+", text)} < made
