@@ -58,6 +58,9 @@ class Writer:
         #: Those whose rows somebody else has locked, and when they are tried again.
         self._locked: dict[Claim, Outcome] = {}
         self._locked_until = 0.0
+        #: Claims whose rows are not locked, and whose outcomes wait all the same: a trigger of the
+        #: app's own wants some other lock. They are written one by one.
+        self._stalled: set[Claim] = set()
         #: Claims whose outcome may have been written although the answer was lost.
         self._unsure: set[Claim] = set()
         #: What is still to be tried where the database refuses an outcome.
@@ -97,6 +100,7 @@ class Writer:
         """Hold a claim no longer: there is nothing left to write of it."""
         self._forget(claim)
         self._unsure.discard(claim)
+        self._stalled.discard(claim)
         self._fallbacks.pop(claim, None)
         self.held.discard(claim)
         self._on_release(claim, waits)
@@ -159,11 +163,17 @@ class Writer:
         while self._backlog:
             first = next(iter(self._backlog.values()))
             # One kind at a time goes into one statement, of which nothing is left if it fails.
-            same = (each for each in self._backlog.values() if each.is_plain == first.is_plain)
-            self._write_part(connection, first_part(same, self._batch_size))
+            same = [
+                each
+                for each in self._backlog.values()
+                if each.is_plain == first.is_plain and each.claim not in self._stalled
+            ]
+            self._write_part(connection, first_part(same, self._batch_size) or [first])
 
     def _write_part(self, connection: Connection, part: list[Outcome]) -> None:
         """Write outcomes together; where the database refuses one, the others without it."""
+        if not part:
+            return
         plain = part[0].is_plain
         try:
             written = outcomes.write(
@@ -173,13 +183,18 @@ class Writer:
             self._unsure |= {outcome.claim for outcome in part}
             if is_lock_timeout(error):
                 unlocked = self._unlocked(connection, part)
-                if len(unlocked) == len(part):
-                    self._keep(part)  # a trigger of the app's own waits for some other lock
-                elif unlocked:
+                if len(unlocked) < len(part):
                     self._write_part(connection, unlocked)
+                elif len(part) > 1:
+                    self._write_halves(connection, part)
+                else:
+                    self._stall(part[0])
             elif is_refusal(error):
                 self._queue.queries.check_tables(connection)  # or nothing at all can be written
-                self._write_without(connection, part, error)
+                if len(part) > 1:
+                    self._write_halves(connection, part)
+                else:
+                    self._fall_back(part[0], error)
             else:
                 raise
             return
@@ -198,16 +213,16 @@ class Writer:
                 outcomes.lost(outcome)
             self.release(outcome.claim)
 
-    def _write_without(
-        self, connection: Connection, part: list[Outcome], error: BaseException
-    ) -> None:
-        """Write outcomes without the one that the database refuses."""
-        if len(part) > 1:
-            half = len(part) // 2
-            self._write_part(connection, part[:half])
-            self._write_part(connection, part[half:])
-        else:
-            self._fall_back(part[0], error)
+    def _write_halves(self, connection: Connection, part: list[Outcome]) -> None:
+        """Find out which outcome it is that the others cannot be written with."""
+        half = len(part) // 2
+        self._write_part(connection, part[:half])
+        self._write_part(connection, part[half:])
+
+    def _stall(self, outcome: Outcome) -> None:
+        """Keep an outcome for later, and with it others like it: they would wait for as long."""
+        self._stalled.add(outcome.claim)
+        self._keep([each for each in self._backlog.values() if each.claim in self._stalled])
 
     def _fall_back(self, outcome: Outcome, error: BaseException) -> None:
         """Let something else be written in place of an outcome that the database refuses."""

@@ -129,6 +129,43 @@ def test_tasks_that_somebody_has_locked_are_taken_over_later(
         assert [locked.state, locked.crashes, free.crashes] == ["PENDING", 1, 1]
 
 
+def test_a_trigger_that_waits_holds_up_no_other_outcome_of_its_statement(
+    app: Flask,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    take_over: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(writer, "LOCKED_AGAIN", 0.0)
+    with app.app_context():
+        db.session.execute(
+            sa.text(
+                """
+                CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS $$
+                BEGIN
+                    PERFORM pg_advisory_xact_lock(1);
+                    RETURN NEW;
+                END $$;
+                CREATE TRIGGER wait BEFORE UPDATE ON bq_tasks FOR EACH ROW
+                    WHEN (NEW.func_name = 'slow') EXECUTE FUNCTION wait()
+                """
+            )
+        )
+        tasks = [held(bq, name=name) for name in ("f", "slow", "f", "slow", "f")]
+        db.session.add_all(tasks)
+        db.session.commit()
+        with bq.engine(app).begin() as connection:
+            connection.execute(sa.text("SELECT pg_advisory_xact_lock(1)"))
+            take_over()
+            take_over()
+            assert [task.state for task in tasks] == [
+                *("PENDING", "PROCESSING", "PENDING", "PROCESSING", "PENDING"),
+            ]
+        db.session.rollback()
+        take_over()
+        assert {task.state for task in tasks} == {"PENDING"}
+
+
 def test_an_outcome_that_is_refused_holds_up_no_other_and_is_given_up_in_the_end(
     app: Flask,
     db: SQLAlchemy,
