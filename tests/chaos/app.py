@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -42,7 +43,7 @@ def take_time() -> None:
 def post(number: int) -> None:
     """Do something that no rollback takes back."""
     with Path(os.environ["CHAOS_FOLDER"], "letters").open("a") as letters:
-        letters.write(f"{number}\n")
+        letters.write(f"{number} {time.time()}\n")
 
 
 @bq.processor(channel="chaos")

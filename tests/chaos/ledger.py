@@ -37,7 +37,7 @@ class Verdict:
     refused: int
     #: Seconds from the last fault until the rate was back; None if it never was.
     recovery: float | None
-    #: Shipments a second before the faults, and once the rate is back; or at last, if it is not.
+    #: Sales seen to in a second: before the faults, and once the rate is back, or at last.
     before: float
     after: float
     #: What else there is to say.
@@ -83,11 +83,16 @@ class Ledger:
             database.execute("SELECT number FROM shipment")
             return collections.Counter(number for (number,) in database)
 
+    def letters(self) -> list[tuple[int, float]]:
+        """The letters that were posted, each with the time in seconds since the epoch."""
+        letters = self.folder / "letters"
+        lines = letters.read_text().splitlines() if letters.exists() else []
+        parts = [line.split() for line in lines]
+        return [(int(part[0]), float(part[1])) for part in parts if len(part) == 2]
+
     @property
     def posted(self) -> collections.Counter[int]:
-        letters = self.folder / "letters"
-        lines = letters.read_text().split() if letters.exists() else []
-        return collections.Counter(map(int, lines))
+        return collections.Counter(number for number, _ in self.letters())
 
     def open_sales(self) -> int:
         """How many sales have not been seen to."""
@@ -101,10 +106,11 @@ class Ledger:
         return int(count) - sum(self.posted.values())
 
     def times(self) -> list[float]:
-        """When each shipment was made, in seconds since the epoch."""
+        """When sales were seen to, in seconds since the epoch."""
         with cursor(self.dsn) as database:
-            database.execute("SELECT date_part('epoch', at) FROM shipment ORDER BY at")
-            return [at for (at,) in database]
+            database.execute("SELECT date_part('epoch', at) FROM shipment")
+            shipped = [at for (at,) in database]
+        return sorted([*shipped, *(at for _, at in self.letters())])
 
     def lost(self) -> int:
         return len(self.told - self.sold) + self.open_sales()
@@ -115,7 +121,7 @@ class Ledger:
 
 
 def rate(times: list[float], start: float, end: float) -> float:
-    """Shipments a second between two points in time."""
+    """Sales seen to in a second, between two points in time."""
     return (bisect.bisect(times, end) - bisect.bisect(times, start)) / (end - start)
 
 
