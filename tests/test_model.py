@@ -1,17 +1,28 @@
-"""The model of a task's life: it keeps its promises, and would not without what it is made of."""
+"""The model of a task's life: it keeps its promises, would not without what it is made of, and is
+the package's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from flask_sqlalchemy import SQLAlchemy
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from flask_beanqueue import BeanQueue, fence, outcome, writer
+from flask_beanqueue.executor import Executor
 from flask_beanqueue.models import DONE, NO_HEARTBEAT, PENDING, PROCESSING
+from flask_beanqueue.queries import Queries
+from flask_beanqueue.worker import Worker
+from flask_beanqueue.writer import Writer
 
 from . import model
-from .checker import Violation, check
-from .model import FAULTS, PARKS, PLAIN, WRITES, Model, Row, State, Steps
+from .checker import Violation, check, explore, tours
+from .model import FAULTS, PARKS, PLAIN, WRITES, Model, Row, State, Step, Steps
+from .replay import Replay
 
 # The checker itself.
 
@@ -230,3 +241,102 @@ def test_nothing_could_be_left_out(mutant: type[Model], may: str, rule: str, alo
         check(broken, rule if alone else None)
     way = " ".join(caught.value.steps)
     assert all(fault in way for fault in faults)
+
+
+# That it is the package's.
+
+
+def test_the_steps_have_the_names_of_the_package() -> None:
+    package = [Executor, Queries, Worker, Writer, fence, outcome]
+    steps = {*model.LOOP, *model.THREADS, *model.NOBODY, *model.CHANCES, "kill"}
+    named = {
+        step
+        for step in steps
+        if any(hasattr(each, step) or hasattr(each, f"_{step}") for each in package)
+    }
+    assert steps - named == set(model.WORLD)
+
+
+@pytest.fixture
+def make_replay(
+    make_app: Any,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> Iterator[Callable[[Model], Replay]]:
+    """Makes replays in which nothing takes time."""
+    monkeypatch.setattr(writer, "LOCK_TIMEOUT", 0.005)
+    monkeypatch.setattr(writer, "LOCKED_AGAIN", 0.0)
+    monkeypatch.setattr(outcome, "INTERRUPTION_DELAY", 0.0)
+    caplog.set_level(logging.CRITICAL, "flask_beanqueue")
+    made = []
+
+    def make(of: Model) -> Replay:
+        apps = [make_app(db, bq) for _ in of.initial.workers]
+        made.append(Replay(db, bq, apps, of))
+        return made[-1]
+
+    yield make
+    for replay in made:
+        replay.close()
+
+
+def coarse(before: State, step: Step, after: State) -> Any:
+    """Steps of a kind: what becomes of the rows' states and locks, by a worker in which state."""
+    rows = [
+        (task.row.state, task.row.parked, task.lock is None, task.row.worker == step.worker)
+        for state in (before, after)
+        for task in state.tasks
+    ]
+    return step.action, step.worker is not None and before.workers[step.worker].state, *rows
+
+
+def fine(before: State, step: Step, after: State) -> Any:
+    """Steps of a kind: what becomes of the rows, whichever the worker is."""
+    rows = [
+        (task.row._replace(worker=task.row.worker == step.worker), task.lock is None)
+        for state in (before, after)
+        for task in state.tasks
+    ]
+    return step.action, *rows
+
+
+@pytest.mark.parametrize(
+    "kind", [coarse, pytest.param(fine, marks=[pytest.mark.slow, pytest.mark.timeout(600)])]
+)
+@pytest.mark.parametrize("processor", [WRITES, PLAIN, PARKS])
+def test_the_package_does_what_the_model_does(
+    make_replay: Callable[[Model], Replay], processor: str, kind: Any
+) -> None:
+    of = Model(processor)
+    replay = make_replay(of)
+    for walk in tours(explore(of), kind):
+        replay.walk(walk)
+
+
+def test_the_package_does_what_the_model_does_with_more_of_everything(
+    make_replay: Callable[[Model], Replay],
+) -> None:
+    """Two tasks, three workers and three faults, at random."""
+    of = Model(WRITES, PLAIN, workers=3, faults=3)
+    replay = make_replay(of)
+
+    @settings(max_examples=40)
+    @given(st.data())
+    def walk(data: st.DataObject) -> None:
+        state = of.initial
+        steps: list[Any] = []
+        while len(steps) < 40:
+            needed: list[Any] = []
+            maybe: list[Any] = []
+            for step, after in of.steps(state):
+                (maybe if of.may_not_come(step) else needed).append((step, after))
+            if not needed:
+                break
+            may = maybe and data.draw(st.integers(0, 5)) == 5
+            step, state = data.draw(st.sampled_from(maybe if may else needed))
+            steps.append((step, state))
+        replay.walk(steps)
+
+    walk()
