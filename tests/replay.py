@@ -26,6 +26,7 @@ from flask_beanqueue.connection import Line, connect, named
 from flask_beanqueue.executor import Executor
 from flask_beanqueue.marks import Level
 from flask_beanqueue.models import DONE, FAILED, PENDING, uuid7
+from flask_beanqueue.queries import application_name
 from flask_beanqueue.writer import Writer
 
 from . import model
@@ -149,7 +150,7 @@ class Replay:
         self._clean_up.callback(self._control.close)
         self._sql(GATE)
         for app, worker_id in zip(apps, self._ids, strict=True):
-            self._clean_up.enter_context(named([bq.engine(app)], worker_id))
+            self._clean_up.enter_context(named([bq.engine(app)], application_name(worker_id), 20))
         for signal, state in (
             (task_succeeded, DONE),
             (task_failed, FAILED),
