@@ -112,9 +112,10 @@ class Supervisor:
         until = list(self._vacant.values())
         if self._source is not None and not self._source.listens:
             until.append(self._source.next_try)
-        if self._relay.stopping or not until:
+        at = min(until, default=float("inf"))
+        if self._relay.stopping or at == float("inf"):
             return None
-        return max(min(until) - time.monotonic(), 0.0)
+        return max(at - time.monotonic(), 0.0)
 
     def _reap(self) -> None:
         while self._children:

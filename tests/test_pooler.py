@@ -55,14 +55,19 @@ def pooled(pooled_url: str) -> Iterator[Processes]:
     processes.clean_up()
 
 
+def several(processes: int) -> list[str]:
+    return ["--processes", str(processes)] if processes > 1 else []
+
+
 def effects(url: str) -> list[str]:
     return [text for (text,) in query(url, "SELECT text FROM effect ORDER BY id")]
 
 
+@pytest.mark.parametrize("processes", [1, 2])
 def test_a_worker_behind_a_pooler_says_so_and_polls(
-    app: Flask, database_url: str, probe: Probe, pooled: Processes
+    app: Flask, database_url: str, probe: Probe, pooled: Processes, processes: int
 ) -> None:
-    worker = pooled.worker(APP, **HEARTBEAT)
+    worker = pooled.worker(APP, *several(processes), **HEARTBEAT)
     assert "Set BQ_LISTEN_DATABASE_URL" in worker.output
     assert "polling every 1 s" in worker.output
     for number in range(100):  # more often than psycopg 3 waits before it prepares
@@ -77,9 +82,8 @@ def test_a_worker_behind_a_pooler_says_so_and_polls(
 def test_with_the_databases_own_address_a_worker_behind_a_pooler_is_woken(
     app: Flask, database_url: str, probe: Probe, pooled: Processes, processes: int
 ) -> None:
-    arguments = ["--processes", str(processes)] if processes > 1 else []
     settings = {"BQ_LISTEN_DATABASE_URL": database_url, "BQ_POLL_TIMEOUT": 300}
-    worker = pooled.worker(APP, *arguments, **HEARTBEAT, **settings)
+    worker = pooled.worker(APP, *several(processes), **HEARTBEAT, **settings)
     assert "pooler" not in worker.output
     for number in range(5):
         faults.number.enqueue(number=number)
