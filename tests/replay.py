@@ -25,7 +25,7 @@ from flask_beanqueue.claim import Claim
 from flask_beanqueue.connection import Line, connect, named
 from flask_beanqueue.executor import Executor
 from flask_beanqueue.marks import Level
-from flask_beanqueue.models import DONE, FAILED, PENDING, uuid7
+from flask_beanqueue.models import DONE, FAILED, PENDING, RUNNING, uuid7
 from flask_beanqueue.queries import application_name
 from flask_beanqueue.writer import Writer
 
@@ -137,7 +137,8 @@ class Worker:
 class Replay:
     """Replays walks through a model.
 
-    :param apps: one for each worker, all with one database.
+    :param apps: one for each worker, all with one database, and with ``pool_pre_ping``: their pools
+        would hand out connections that are lost.
     """
 
     def __init__(self, db: SQLAlchemy, bq: BeanQueue, apps: list[Flask], of: model.Model) -> None:
@@ -150,7 +151,8 @@ class Replay:
         self._clean_up.callback(self._control.close)
         self._sql(GATE)
         for app, worker_id in zip(apps, self._ids, strict=True):
-            self._clean_up.enter_context(named([bq.engine(app)], application_name(worker_id), 20))
+            name = application_name(worker_id)
+            self._clean_up.enter_context(named([bq.engine(app)], name, TIMEOUT))
         for signal, state in (
             (task_succeeded, DONE),
             (task_failed, FAILED),
@@ -237,7 +239,6 @@ class Replay:
         #: Statements that were sent, and the backends in which COMMIT waits.
         self._sent: dict[model.Statement, list[Any]] = {}
         self._backends: dict[int, int] = {}
-        self._lossy = False
         for t, kind in enumerate(self._model.kinds):
             self._sql("SELECT pg_advisory_lock(42, :t)", t=t)
             self._sql(
@@ -256,9 +257,6 @@ class Replay:
             self._end_threads(worker)
         for t in list(self._backends):
             self.roll_back(t)
-        if self._lossy:
-            for worker in self._workers:
-                self._lose(worker)
         self._sql(
             "SELECT pg_advisory_unlock_all();"
             "DELETE FROM effect; DELETE FROM bq_tasks; DELETE FROM bq_workers"
@@ -376,7 +374,7 @@ class Replay:
         performance.go_on()
         while not performance.is_through:
             waits = "FROM pg_locks WHERE pid = :pid AND locktype = 'advisory' AND NOT granted"
-            if self._sql(f"SELECT {waits}", pid=backend).first() is not None:
+            if self._sql(f"SELECT count(*) {waits}", pid=backend).scalar_one():
                 self._backends[key[0]] = backend
                 return
         self._gather(w, key)
@@ -402,13 +400,9 @@ class Replay:
 
     def terminate(self, w: Worker, _: None) -> None:
         self._queries.terminate(self._control)
-        for worker in self._workers:
-            self._lose(worker)  # also those that live: they connect again
-
-    def _lose(self, w: Worker) -> None:
-        self._lossy = True
-        w.line.close()
-        self._bq.engine(w.app).dispose()  # the pool would find out with an error
+        for worker_id, state in self._sql("SELECT id, state FROM bq_workers").all():
+            if state != RUNNING:
+                self._workers[self._ids.index(worker_id)].line.close()
 
     # When it leaves.
 
@@ -427,7 +421,6 @@ class Replay:
 
     def _end_threads(self, w: Worker) -> None:
         for performance in w.crew.values():
-            self._lossy = True
             performance.cut()
             performance.go_on(Raised())
             performance.join()
@@ -458,8 +451,11 @@ class Replay:
                 self._control.execute(*statement)
 
     def roll_back(self, t: int) -> None:
-        self._lossy = True
-        self._sql("SELECT pg_terminate_backend(:pid, 10000)", pid=self._backends.pop(t))
+        pid = self._backends.pop(t)
+        self._sql("SELECT pg_terminate_backend(:pid)", pid=pid)
+        there = "SELECT count(*) FROM pg_stat_activity WHERE pid = :pid"
+        while self._sql(there, pid=pid).scalar_one():
+            pass  # pg_terminate_backend() itself looks only ten times a second
 
     def freeze(self, w: Worker, _: None) -> None:
         pass
@@ -474,7 +470,6 @@ class Replay:
         self._sql("UPDATE bq_tasks SET state = 'CANCELLED' WHERE id = :id", id=self._tasks[t])
 
     def lose_session(self, w: Worker, key: tuple[int, int]) -> None:
-        self._lossy = True
         w.crew[key].cut()
 
     def lose_claim(self, w: Worker, statement: model.Statement) -> None:

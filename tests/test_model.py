@@ -273,7 +273,8 @@ def make_replay(
     made = []
 
     def make(of: Model) -> Replay:
-        apps = [make_app(db, bq) for _ in of.initial.workers]
+        options = {"SQLALCHEMY_ENGINE_OPTIONS": {"pool_pre_ping": True}}
+        apps = [make_app(db, bq, **options) for _ in of.initial.workers]
         made.append(Replay(db, bq, apps, of))
         return made[-1]
 
