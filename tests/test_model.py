@@ -303,10 +303,19 @@ def fine(before: State, step: Step, after: State) -> Any:
     return step.action, *rows
 
 
+FINE = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
 @pytest.mark.parametrize(
-    "kind", [coarse, pytest.param(fine, marks=[pytest.mark.slow, pytest.mark.timeout(600)])]
+    ("processor", "kind"),
+    [
+        (WRITES, coarse),
+        (PLAIN, coarse),
+        (PARKS, coarse),
+        pytest.param(WRITES, fine, marks=FINE),
+        pytest.param(PLAIN, fine, marks=FINE),
+    ],
 )
-@pytest.mark.parametrize("processor", [WRITES, PLAIN, PARKS])
 def test_the_package_does_what_the_model_does(
     make_replay: Callable[[Model], Replay], processor: str, kind: Any
 ) -> None:
