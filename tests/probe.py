@@ -34,6 +34,28 @@ def query(url: str, sql: str, *parameters: Any) -> list[Any]:
         return cursor.fetchall() if cursor.description else []
 
 
+def glance(left: float) -> None:
+    """Sleep for a moment, where nobody tells when to look again."""
+    time.sleep(min(left, 0.001))
+
+
+def wait_until(
+    condition: Callable[[], Any],
+    timeout: float = TIMEOUT,
+    sleep: Callable[[float], None] = glance,
+) -> None:
+    """Wait until a condition holds.
+
+    :param sleep: returns when the condition may hold, after so many seconds at the latest.
+    """
+    deadline = time.monotonic() + timeout
+    while not condition():
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        sleep(left)
+
+
 def tell(message: str) -> None:
     """Say where a process has come."""
     with contextlib.closing(connect()) as connection:
@@ -91,14 +113,15 @@ class Probe:
         self, condition: Callable[[], Any], timeout: float = TIMEOUT, what: str = "the condition"
     ) -> None:
         """Wait until a condition holds; it is tried whenever something has been heard."""
-        deadline = time.monotonic() + timeout
         self.poll()
-        while not condition():
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise TimeoutError(f"{what} did not come; heard: {self.heard}")
-            select.select([self.connection], [], [], left)
-            self.poll()
+        try:
+            wait_until(condition, timeout, self._listen)
+        except TimeoutError:
+            raise TimeoutError(f"{what} did not come; heard: {self.heard}") from None
+
+    def _listen(self, left: float) -> None:
+        select.select([self.connection], [], [], left)
+        self.poll()
 
     @contextlib.contextmanager
     def gate(self, message: str) -> Iterator[Callable[[], None]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -14,6 +14,8 @@ from flask_beanqueue.claim import Claim
 from flask_beanqueue.crew import Crew
 from flask_beanqueue.models import uuid7
 from flask_beanqueue.outcome import Outcome
+
+from .probe import wait_until
 
 #: Outcomes that are written at once; a crew wants twice as many short tasks.
 MANY = 10
@@ -46,18 +48,11 @@ class Scene:
         """Let so many tasks run to their end."""
         ended = self.ended + number
         self.turns.release(number)
-        wait_for(lambda: self.ended == ended)
+        wait_until(lambda: self.ended == ended)
 
     @property
     def ended(self) -> int:
         return len(self.crew.through) + len(self.crew.done)
-
-
-def wait_for(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.001)
 
 
 @pytest.fixture
@@ -69,7 +64,7 @@ def scene(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
     scene.add(200)
     scene.let_run(200)
     scene.add(2 * MANY)
-    wait_for(lambda: scene.crew.running == 1)
+    wait_until(lambda: scene.crew.running == 1)
     scene.news.clear()
     yield scene
     scene.turns.release(1000)
@@ -119,7 +114,7 @@ def test_the_last_of_the_tasks_is_news_though_nothing_is_to_be_written(scene: Sc
 def test_a_claim_has_waited_since_it_was_added(scene: Scene) -> None:
     before = time.monotonic()
     scene.let_run(2 * MANY - 1)
-    wait_for(lambda: scene.crew.waiting == 0)
+    wait_until(lambda: scene.crew.waiting == 0)
     assert scene.crew.waited_for == 0.0, "there is none"
     scene.add(2)
     assert 0.0 < scene.crew.waited_for <= time.monotonic() - before

@@ -7,7 +7,6 @@ import datetime
 import os
 import re
 import signal
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +16,7 @@ import sqlalchemy as sa
 from flask import Flask
 
 from .apps import faults
-from .probe import Probe, connect, query
+from .probe import Probe, connect, query, wait_until
 from .processes import READY, Process, Processes
 
 APP = "tests.apps.faults"
@@ -724,8 +723,7 @@ def test_a_frozen_process_does_not_keep_the_others_from_being_woken(
     supervisor = processes.worker(APP, "--processes", "2", **NO_POLL)
     frozen = psutil.Process(supervisor.pid).children()[0]
     frozen.suspend()
-    while frozen.status() != psutil.STATUS_STOPPED:
-        pass
+    wait_until(lambda: frozen.status() == psutil.STATUS_STOPPED)
     with contextlib.closing(connect(database_url)) as connection:
         for _ in range(2000):  # more than a pipe takes
             connection.cursor().execute("NOTIFY faults")
@@ -750,10 +748,8 @@ def test_nothing_of_several_processes_is_left_behind(
     children = psutil.Process(supervisor.pid).children()
     assert supervisor.stop() == 0
     assert not any(child.is_running() for child in children)
-    deadline = time.monotonic() + 30
-    while query(
-        database_url,
+    left = (
         "SELECT FROM pg_stat_activity"
-        " WHERE application_name LIKE 'beanqueue %' AND datname = current_database()",
-    ):
-        assert time.monotonic() < deadline
+        " WHERE application_name LIKE 'beanqueue %' AND datname = current_database()"
+    )
+    wait_until(lambda: not query(database_url, left))

@@ -19,7 +19,7 @@ from flask_beanqueue import BeanQueue
 from flask_beanqueue.crew import HORIZON
 from flask_beanqueue.worker import Worker
 
-from .probe import query
+from .probe import Probe, query, wait_until
 
 Work = Callable[..., None]
 
@@ -66,14 +66,6 @@ def running(app: Flask, bq: BeanQueue, *channels: str, **options: Any) -> Iterat
         worker.stop()
         thread.join(30)
         assert not thread.is_alive()
-
-
-def wait_until(db: SQLAlchemy, condition: Callable[[], bool]) -> None:
-    """Wait until what is committed is as it should be."""
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        db.session.rollback()
 
 
 class Log(list[Any]):
@@ -413,9 +405,16 @@ def test_tasks_that_were_in_a_crash_follow_each_other(
 
 
 def test_a_task_that_was_in_a_crash_gives_way_to_others_and_is_done_in_the_end(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log, monkeypatch: pytest.MonkeyPatch
+    app: Flask,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    note: Any,
+    log: Log,
+    monkeypatch: pytest.MonkeyPatch,
+    probe: Probe,
 ) -> None:
     """It waits beside a long task, is given back, and comes again when it can be alone."""
+    probe.listen_states()
     monkeypatch.setattr("flask_beanqueue.suspect.REST", 2)
     gate = threading.Event()
 
@@ -432,7 +431,8 @@ def test_a_task_that_was_in_a_crash_gives_way_to_others_and_is_done_in_the_end(
         suspect.crashes = 1
         db.session.add(suspect)
         db.session.commit()
-        wait_until(db, lambda: (suspect.claims, suspect.state) == (1, "PENDING"))
+        probe.wait("note PENDING")
+        assert suspect.claims == 1
         note.enqueue(number=1)
         db.session.commit()
         log.wait(2)
@@ -440,13 +440,21 @@ def test_a_task_that_was_in_a_crash_gives_way_to_others_and_is_done_in_the_end(
         gate.set()
         log.wait(3)
         assert log == ["long", 1, -1]
-        wait_until(db, lambda: suspect.state == "DONE")
+        probe.wait_until(lambda: probe.heard.count("note DONE") == 2)
+        assert suspect.state == "DONE"
 
 
 def test_a_task_that_was_in_a_crash_is_not_left_waiting_by_an_idle_worker(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log, monkeypatch: pytest.MonkeyPatch
+    app: Flask,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    note: Any,
+    log: Log,
+    monkeypatch: pytest.MonkeyPatch,
+    probe: Probe,
 ) -> None:
     """It has given way to a long task, would have to rest, and then there is nothing else to do."""
+    probe.listen_states()
     monkeypatch.setattr("flask_beanqueue.suspect.REST", 1000)
     gate = threading.Event()
 
@@ -463,14 +471,16 @@ def test_a_task_that_was_in_a_crash_is_not_left_waiting_by_an_idle_worker(
         suspect.crashes = 1
         db.session.add(suspect)
         db.session.commit()
-        wait_until(db, lambda: (suspect.claims, suspect.state) == (1, "PENDING"))
+        probe.wait("note PENDING")
+        assert suspect.claims == 1
         gate.set()
         log.wait(2)
 
 
 def test_a_task_that_was_in_a_crash_and_is_locked_at_its_end_stalls_nobody(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log, probe: Probe
 ) -> None:
+    probe.listen_states()
     gate = threading.Event()
 
     @bq.processor()
@@ -490,12 +500,19 @@ def test_a_task_that_was_in_a_crash_and_is_locked_at_its_end_stalls_nobody(
             note.enqueue(number=2)
             db.session.commit()
             log.wait(2)
-        wait_until(db, lambda: suspect.state == "DONE")
+        probe.wait("suspected DONE")
 
 
 def test_a_worker_that_leaves_gives_back_a_task_that_waits_to_be_alone(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log, monkeypatch: pytest.MonkeyPatch
+    app: Flask,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    note: Any,
+    log: Log,
+    monkeypatch: pytest.MonkeyPatch,
+    probe: Probe,
 ) -> None:
+    probe.listen_states()
     monkeypatch.setattr("flask_beanqueue.suspect.PATIENCE", 60)
     gate = threading.Event()
 
@@ -512,16 +529,17 @@ def test_a_worker_that_leaves_gives_back_a_task_that_waits_to_be_alone(
         suspect.crashes = 1
         db.session.add(suspect)
         db.session.commit()
-        wait_until(db, lambda: suspect.state == "PROCESSING")
+        probe.wait("note PROCESSING")
         worker.stop()
-        wait_until(db, lambda: suspect.state == "PENDING")
+        probe.wait("note PENDING")
         gate.set()
     assert log == ["long"]
 
 
 def test_what_was_given_back_is_as_it_was(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log, probe: Probe
 ) -> None:
+    probe.listen_states()
     gate = threading.Event()
 
     @bq.processor()
@@ -537,8 +555,8 @@ def test_what_was_given_back_is_as_it_was(
         again.error_message, again.attempts = "the last time", 1
         db.session.add(again)
         db.session.commit()
-        wait_until(db, lambda: (again.claims, again.state) == (1, "PENDING"))
-        assert (again.error_message, again.attempts) == ("the last time", 1)
+        probe.wait("note PENDING")
+        assert (again.claims, again.error_message, again.attempts) == (1, "the last time", 1)
         gate.set()
         log.wait(2)
 
@@ -587,9 +605,10 @@ def test_a_locked_row_is_passed_and_done_later(
 
 
 def test_a_trigger_that_waits_holds_up_no_other_task(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log, probe: Probe
 ) -> None:
     """The rows of the queue are not locked then, but what an app's own trigger wants."""
+    probe.listen_states()
 
     @bq.processor()
     def slow() -> None:
@@ -613,11 +632,11 @@ def test_a_trigger_that_waits_holds_up_no_other_task(
             first = slow.enqueue()
             db.session.commit()
             log.wait(1)
-            second = note.enqueue(number=2)
+            note.enqueue(number=2)
             db.session.commit()
-            wait_until(db, lambda: second.state == "DONE")
+            probe.wait("note DONE")
             assert first.state == "PROCESSING"
-        wait_until(db, lambda: first.state == "DONE")
+        probe.wait("slow DONE")
 
 
 def test_a_burst_leaves_what_it_cannot_have(
@@ -698,8 +717,9 @@ def test_tasks_run_side_by_side_in_threads(
 
 
 def test_a_slow_task_holds_up_nobodys_completion(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log, database_url: str
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log, database_url: str, probe: Probe
 ) -> None:
+    probe.listen_states()
     gate = threading.Event()
 
     @bq.processor()
@@ -715,10 +735,9 @@ def test_a_slow_task_holds_up_nobodys_completion(
             note.enqueue(number=1)
             db.session.commit()
         log.wait(2)
+        probe.wait("note DONE")
         done = "SELECT count(*) FROM bq_tasks WHERE state = 'DONE'"
-        deadline = time.monotonic() + 30
-        while query(database_url, done) != [(1,)]:
-            assert time.monotonic() < deadline
+        assert query(database_url, done) == [(1,)]
         assert worker is not None
         gate.set()
 
@@ -800,8 +819,9 @@ def test_claims_are_given_back_when_short_tasks_turn_long(
 
 
 def test_what_is_given_back_comes_before_what_was_made_later(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, log: Log
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, log: Log, probe: Probe
 ) -> None:
+    probe.listen_states()
     gate = threading.Event()
 
     @bq.processor()
@@ -819,7 +839,7 @@ def test_what_is_given_back_comes_before_what_was_made_later(
         db.session.commit()
         with running(app, bq, concurrency=1):
             log.wait(401)
-            wait_until(db, lambda: waiting() == 199)
+            probe.wait_until(lambda: waiting() == 199)
             work.enqueue_many({"number": number} for number in range(600, 1200))
             db.session.commit()
             gate.set()
@@ -968,8 +988,7 @@ def test_a_task_that_ends_just_before_a_leaving_worker_sleeps_is_seen(
         write_outcomes(worker)
         if worker._stopping and not flushed.is_set():
             flushed.set()
-            while not worker._crew.through:
-                time.sleep(0.001)
+            wait_until(lambda: worker._crew.through)
             time.sleep(0.01)  # the thread asks itself whether that is news
 
     @bq.processor()
