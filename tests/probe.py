@@ -17,6 +17,8 @@ from typing import Any
 
 import psycopg2
 
+from .triggers import trigger
+
 TIMEOUT = 60.0
 
 
@@ -84,17 +86,12 @@ class Probe:
 
     def listen_states(self, table: str = "bq_tasks", name: str = "func_name") -> None:
         """Hear ``func_name STATE`` whenever a committed change gives a task a state."""
-        function = "tell_state_of_" + re.sub(r"\W+", "_", table)
         self.connection.cursor().execute(
-            f"""
-            CREATE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS $$
-            BEGIN
-                PERFORM pg_notify('probe', NEW.{name} || ' ' || NEW.state);
-                RETURN NULL;
-            END $$;
-            CREATE TRIGGER tell_state AFTER UPDATE OF state ON {table}
-                FOR EACH ROW EXECUTE FUNCTION {function}();
-            """
+            trigger(
+                "tell_state_of_" + re.sub(r"\W+", "_", table),
+                f"AFTER UPDATE OF state ON {table}",
+                f"PERFORM pg_notify('probe', NEW.{name} || ' ' || NEW.state)",
+            )
         )
 
     def poll(self) -> list[str]:

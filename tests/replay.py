@@ -30,20 +30,17 @@ from flask_beanqueue.queries import application_name
 from flask_beanqueue.writer import Writer
 
 from . import model
+from .triggers import trigger
 
 TIMEOUT = 600.0
 
 # COMMIT of what a processor wrote waits until the replay lets it through.
-GATE = """
-CREATE TABLE effect (task int NOT NULL);
-CREATE FUNCTION gate() RETURNS trigger LANGUAGE plpgsql AS $$
-BEGIN
-    PERFORM pg_advisory_xact_lock_shared(42, NEW.task);
-    RETURN NULL;
-END $$;
-CREATE CONSTRAINT TRIGGER gate AFTER INSERT ON effect DEFERRABLE INITIALLY DEFERRED
-    FOR EACH ROW EXECUTE FUNCTION gate();
-"""
+GATE = "CREATE TABLE effect (task int NOT NULL);" + trigger(
+    "gate",
+    "AFTER INSERT ON effect",
+    "PERFORM pg_advisory_xact_lock_shared(42, NEW.task)",
+    deferred=True,
+)
 
 LOOK = """
 SELECT priority AS number, worker_id AS id, state, claims, worker_id, attempts, crashes,

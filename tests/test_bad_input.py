@@ -53,10 +53,8 @@ from flask_beanqueue.outcome import Outcome
 
 from . import postgres
 from .conftest import MakeApp, texts, with_driver
-from .probe import (
-    Probe,
-    query,
-)
+from .probe import Probe, query
+from .triggers import trigger
 
 Work = Callable[..., None]
 #: What a processor does, given the session and its task.
@@ -1154,16 +1152,16 @@ def test_a_thread_that_outlives_its_task_commits_nothing(
 # Errors of the database: with a retry policy the task ends right at the next attempt, without one
 # it is FAILED. What an attempt that failed has written is not there.
 
-RULES = """
-    CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
-    BEGIN
-        RAISE EXCEPTION 'refused with %', right(NEW.text, 5) USING ERRCODE = right(NEW.text, 5);
-    END $$;
-    CREATE TRIGGER refuse BEFORE INSERT ON note
-        FOR EACH ROW WHEN (NEW.text LIKE 'at once _____') EXECUTE FUNCTION refuse();
-    CREATE CONSTRAINT TRIGGER refuse_late AFTER INSERT ON note INITIALLY DEFERRED
-        FOR EACH ROW WHEN (NEW.text LIKE 'at commit _____') EXECUTE FUNCTION refuse();
-"""
+REFUSE = "RAISE EXCEPTION 'refused with %', right(NEW.text, 5) USING ERRCODE = right(NEW.text, 5)"
+RULES = trigger(
+    "refuse", "BEFORE INSERT ON note", REFUSE, condition="NEW.text LIKE 'at once _____'"
+) + trigger(
+    "refuse_late",
+    "AFTER INSERT ON note",
+    REFUSE,
+    condition="NEW.text LIKE 'at commit _____'",
+    deferred=True,
+)
 
 
 def refused(text: str) -> tuple[Act, str]:
@@ -1443,19 +1441,13 @@ def test_what_a_task_leaves_behind_does_not_reach_the_queues_own_connections(
     probe.listen_states()
     query(
         database_url,
-        """
-        CREATE SEQUENCE claims;
-        CREATE FUNCTION trouble() RETURNS trigger LANGUAGE plpgsql AS $$
-        BEGIN
-            IF nextval('claims') < 4 THEN
-                RAISE 'disk full' USING ERRCODE = '53100';
-            END IF;
-            RETURN NEW;
-        END $$;
-        CREATE TRIGGER trouble BEFORE UPDATE ON bq_tasks FOR EACH ROW
-            WHEN (NEW.func_name = 'odd' AND NEW.state = 'PROCESSING')
-            EXECUTE FUNCTION trouble();
-        """,
+        "CREATE SEQUENCE claims;"
+        + trigger(
+            "trouble",
+            "BEFORE UPDATE ON bq_tasks",
+            "IF nextval('claims') < 4 THEN RAISE 'disk full' USING ERRCODE = '53100'; END IF",
+            condition="NEW.func_name = 'odd' AND NEW.state = 'PROCESSING'",
+        ),
     )
 
     @bq.processor()

@@ -19,6 +19,7 @@ from flask_beanqueue.models import uuid7
 from flask_beanqueue.writer import Writer
 
 from .probe import Probe
+from .triggers import trigger
 
 Work = Callable[..., None]
 
@@ -140,15 +141,12 @@ def test_a_trigger_that_waits_holds_up_no_other_outcome_of_its_statement(
     with app.app_context():
         db.session.execute(
             sa.text(
-                """
-                CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS $$
-                BEGIN
-                    PERFORM pg_advisory_xact_lock(1);
-                    RETURN NEW;
-                END $$;
-                CREATE TRIGGER wait BEFORE UPDATE ON bq_tasks FOR EACH ROW
-                    WHEN (NEW.func_name = 'slow') EXECUTE FUNCTION wait()
-                """
+                trigger(
+                    "wait",
+                    "BEFORE UPDATE ON bq_tasks",
+                    "PERFORM pg_advisory_xact_lock(1)",
+                    condition="NEW.func_name = 'slow'",
+                )
             )
         )
         tasks = [held(bq, name=name) for name in ("f", "slow", "f", "slow", "f")]
@@ -193,15 +191,12 @@ def test_a_trigger_that_is_broken_for_one_task_holds_up_no_other(
     with app.app_context():
         db.session.execute(
             sa.text(
-                """
-                CREATE FUNCTION odd() RETURNS trigger LANGUAGE plpgsql AS $$
-                BEGIN
-                    PERFORM NEW.no_such_column;
-                    RETURN NEW;
-                END $$;
-                CREATE TRIGGER odd BEFORE UPDATE ON bq_tasks FOR EACH ROW
-                    WHEN (NEW.func_name = 'odd') EXECUTE FUNCTION odd();
-                """
+                trigger(
+                    "odd",
+                    "BEFORE UPDATE ON bq_tasks",
+                    "PERFORM NEW.no_such_column",
+                    condition="NEW.func_name = 'odd'",
+                )
             )
         )
         odd, *others = (held(bq, name=name) for name in ("odd", "f", "f"))

@@ -20,6 +20,7 @@ from flask_beanqueue.crew import HORIZON
 from flask_beanqueue.worker import Worker
 
 from .probe import Probe, query, wait_until
+from .triggers import trigger
 
 Work = Callable[..., None]
 
@@ -616,15 +617,14 @@ def test_a_trigger_that_waits_holds_up_no_other_task(
 
     with app.app_context(), running(app, bq):
         db.session.execute(
-            sa.text("""
-                CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS $$
-                BEGIN
-                    PERFORM pg_advisory_xact_lock(1);
-                    RETURN NEW;
-                END $$;
-                CREATE TRIGGER wait BEFORE UPDATE ON bq_tasks FOR EACH ROW
-                    WHEN (NEW.func_name = 'slow' AND NEW.state = 'DONE') EXECUTE FUNCTION wait()
-            """)
+            sa.text(
+                trigger(
+                    "wait",
+                    "BEFORE UPDATE ON bq_tasks",
+                    "PERFORM pg_advisory_xact_lock(1)",
+                    condition="NEW.func_name = 'slow' AND NEW.state = 'DONE'",
+                )
+            )
         )
         db.session.commit()
         with bq.engine(app).begin() as connection:
