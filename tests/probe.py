@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import psycopg2
+from sqlalchemy.orm import object_session
 
 from .triggers import trigger
 
@@ -127,3 +128,15 @@ class Probe:
             cursor = connection.cursor()
             cursor.execute("SELECT pg_advisory_lock(hashtext(%s))", (message,))
             yield lambda: cursor.execute("SELECT pg_advisory_unlock(hashtext(%s))", (message,))
+
+    @contextlib.contextmanager
+    def paused(
+        self, message: str, processor: Any, **arguments: Any
+    ) -> Iterator[Callable[[], None]]:
+        """Make a task, and hold it at a gate; the value opens that, and the end does, too."""
+        with self.gate(message) as open_gate:
+            session = object_session(processor.enqueue(**arguments))
+            assert session is not None
+            session.commit()
+            self.wait(message)
+            yield open_gate

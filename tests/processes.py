@@ -8,11 +8,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
+
+from .probe import Probe
 
 #: What a worker says when it is ready.
 READY = " known; "
+#: Short, so that the tests need not wait long; and long enough for a machine under load.
+HEARTBEAT = {"BQ_WORKER_HEARTBEAT_PERIOD": 0.2, "BQ_WORKER_HEARTBEAT_TIMEOUT": 1.5}
 
 
 class Process:
@@ -155,3 +159,24 @@ class Processes:
     def clean_up(self) -> None:
         for process in self._started:
             process.clean_up()
+
+
+def replace(
+    lose: Callable[[], None],
+    start: Callable[[], Process],
+    probe: Probe,
+    message: str,
+    processor: Any,
+    **arguments: Any,
+) -> Process:
+    """See a task done by a second worker when the first one is lost in the middle of it.
+
+    :param lose: freezes the first worker, or kills it.
+    :param start: starts the second one, which is returned.
+    :param message: what the task tells where the first one is lost.
+    """
+    with probe.paused(message, processor, **arguments):
+        lose()
+    second = start()
+    probe.wait(f"{processor.__name__} DONE")  # without waiting for the first
+    return second

@@ -16,48 +16,35 @@ import sqlalchemy as sa
 from flask import Flask
 
 from .apps import faults
+from .apps.faults import effects
 from .probe import Probe, connect, query, wait_until
-from .processes import READY, Process, Processes
+from .processes import HEARTBEAT, READY, Process, Processes, replace
 
-APP = "tests.apps.faults"
-#: Short, so that the tests need not wait long; and long enough for a machine under load.
-HEARTBEAT = {"BQ_WORKER_HEARTBEAT_PERIOD": 0.2, "BQ_WORKER_HEARTBEAT_TIMEOUT": 1.5}
+APP = faults.__name__
 
 
 @pytest.fixture
 def app(database_url: str, monkeypatch: pytest.MonkeyPatch, probe: Probe) -> Iterator[Flask]:
     monkeypatch.setenv("DATABASE_URL", database_url)
-    app = faults.create_app()
-    with app.app_context():
-        faults.db.create_all()
+    with faults.context() as app:
         probe.listen_states()
         yield app
-        faults.db.session.remove()
-        faults.db.engine.dispose()
-
-
-def effects(url: str) -> list[str]:
-    return [row[0] for row in query(url, "SELECT text FROM effect ORDER BY id")]
 
 
 def rows(url: str, columns: str) -> list[Any]:
     return query(url, f"SELECT {columns} FROM bq_tasks ORDER BY id")
 
 
-def freeze_in(point: str, task: str, probe: Probe, processes: Processes, first: Process) -> Process:
-    """Freeze the first worker at a point of the task, and see another one do the task.
+@pytest.fixture
+def start(processes: Processes) -> Callable[[], Process]:
+    """Start a worker that soon counts as dead, and soon finds others dead."""
+    return lambda: processes.worker(APP, **HEARTBEAT)
 
-    Return the second worker; the first is frozen, with the gate before it open.
-    """
-    with probe.gate(point) as open_gate:
-        getattr(faults, task).enqueue()
-        faults.db.session.commit()
-        probe.wait(point)
-        first.freeze()
-        open_gate()
-    second = processes.worker(APP, "--name", "second", **HEARTBEAT)
-    probe.wait(f"{task} DONE")  # without waiting for the first
-    return second
+
+def pid(url: str) -> int:
+    """The process that has the only task, by its name."""
+    [(name,)] = query(url, "SELECT name FROM bq_workers AS w JOIN bq_tasks ON worker_id = w.id")
+    return int(name.rpartition("-")[2])
 
 
 @pytest.mark.parametrize(
@@ -70,10 +57,10 @@ def freeze_in(point: str, task: str, probe: Probe, processes: Processes, first: 
     ],
 )
 def test_a_frozen_worker_holds_nobody_up_and_leaves_no_trace(
-    app: Flask, database_url: str, probe: Probe, processes: Processes, point: str, task: str
+    app: Flask, database_url: str, probe: Probe, start: Callable[[], Process], point: str, task: str
 ) -> None:
-    first = processes.worker(APP, "--name", "first", **HEARTBEAT)
-    second = freeze_in(point, task, probe, processes, first)
+    first = start()
+    second = replace(first.freeze, start, probe, point, getattr(faults, task))
     first.thaw()
     assert first.wait() == 1
     assert "declared dead" in first.output
@@ -87,10 +74,10 @@ def test_a_frozen_worker_holds_nobody_up_and_leaves_no_trace(
 
 @pytest.mark.parametrize("task", ["freeze_before_half", "freeze_before_half_unflushed"])
 def test_a_commit_halfway_of_a_frozen_worker_raises_and_leaves_nothing(
-    app: Flask, database_url: str, probe: Probe, processes: Processes, task: str
+    app: Flask, database_url: str, probe: Probe, start: Callable[[], Process], task: str
 ) -> None:
-    first = processes.worker(APP, "--name", "first", **HEARTBEAT)
-    freeze_in("before half", task, probe, processes, first)
+    first = start()
+    replace(first.freeze, start, probe, "before half", getattr(faults, task))
     first.thaw()
     probe.wait_until(lambda: any(each.startswith("commit raised") for each in probe.heard))
     assert first.wait() == 1
@@ -98,26 +85,19 @@ def test_a_commit_halfway_of_a_frozen_worker_raises_and_leaves_nothing(
 
 
 def test_what_a_frozen_worker_had_committed_halfway_is_there_twice(
-    app: Flask, database_url: str, probe: Probe, processes: Processes
+    app: Flask, database_url: str, probe: Probe, start: Callable[[], Process]
 ) -> None:
-    first = processes.worker(APP, "--name", "first", **HEARTBEAT)
-    freeze_in("after half", "freeze_after_half", probe, processes, first)
+    first = start()
+    replace(first.freeze, start, probe, "after half", faults.freeze_after_half)
     first.thaw()
     assert first.wait() == 1
     assert effects(database_url) == ["first half", "first half", "second half"]
 
 
 def test_a_killed_workers_task_is_done_by_another(
-    app: Flask, database_url: str, probe: Probe, processes: Processes
+    app: Flask, database_url: str, probe: Probe, start: Callable[[], Process]
 ) -> None:
-    first = processes.worker(APP, **HEARTBEAT)
-    with probe.gate("waiting mail"):
-        faults.wait.enqueue(name="mail")
-        faults.db.session.commit()
-        probe.wait("waiting mail")
-        first.kill()
-    processes.worker(APP, **HEARTBEAT)
-    probe.wait("wait DONE")
+    replace(start().kill, start, probe, "waiting mail", faults.wait, name="mail")
     assert effects(database_url) == ["mail"]
     assert rows(database_url, "state, claims, crashes, attempts") == [("DONE", 2, 1, 1)]
     assert query(database_url, "SELECT type, error_message FROM bq_events") == [
@@ -203,10 +183,7 @@ def test_a_signal_lets_running_tasks_end_and_gives_the_others_back(
     app: Flask, database_url: str, probe: Probe, processes: Processes, signal_name: str
 ) -> None:
     worker = processes.worker(APP, "--concurrency", "1")
-    with probe.gate("waiting one") as open_gate:
-        faults.wait.enqueue(name="one")
-        faults.db.session.commit()
-        probe.wait("waiting one")
+    with probe.paused("waiting one", faults.wait, name="one") as open_gate:
         faults.wait.enqueue(name="two")
         faults.db.session.commit()
         worker.send(getattr(signal, signal_name))
@@ -222,10 +199,7 @@ def test_after_the_grace_time_running_tasks_are_given_back_uncounted(
     app: Flask, database_url: str, probe: Probe, processes: Processes
 ) -> None:
     worker = processes.worker(APP, BQ_SHUTDOWN_TIMEOUT=0.1)
-    with probe.gate("waiting long"):
-        faults.wait.enqueue(name="long")
-        faults.db.session.commit()
-        probe.wait("waiting long")
+    with probe.paused("waiting long", faults.wait, name="long"):
         assert worker.stop() == 0
     assert effects(database_url) == []
     assert rows(database_url, "state, attempts, crashes, worker_id") == [("PENDING", 0, 0, None)]
@@ -235,10 +209,7 @@ def test_a_second_signal_does_not_wait_for_running_tasks(
     app: Flask, database_url: str, probe: Probe, processes: Processes
 ) -> None:
     worker = processes.worker(APP, BQ_SHUTDOWN_TIMEOUT=1000)
-    with probe.gate("waiting long"):
-        faults.wait.enqueue(name="long")
-        faults.db.session.commit()
-        probe.wait("waiting long")
+    with probe.paused("waiting long", faults.wait, name="long"):
         worker.send(15)
         worker.wait_line("stops")
         assert worker.stop() == 0
@@ -271,10 +242,7 @@ def test_sigterm_on_top_of_ctrl_c_does_not_cut_tasks_short(
     app: Flask, database_url: str, probe: Probe, processes: Processes
 ) -> None:
     worker = processes.worker(APP)
-    with probe.gate("waiting one") as open_gate:
-        faults.wait.enqueue(name="one")
-        faults.db.session.commit()
-        probe.wait("waiting one")
+    with probe.paused("waiting one", faults.wait, name="one") as open_gate:
         worker.send(signal.SIGINT)
         worker.wait_line("stops")
         worker.send(signal.SIGTERM)
@@ -296,16 +264,15 @@ def test_a_locked_row_stalls_no_other_task(
     app: Flask, database_url: str, probe: Probe, processes: Processes
 ) -> None:
     worker = processes.worker(APP)
-    with probe.gate("no session") as open_gate:
-        faults.freeze_without_session.enqueue()
+    with (
+        probe.paused("no session", faults.freeze_without_session) as open_gate,
+        locked_row(database_url),
+    ):
+        open_gate()
+        worker.wait_line("keeps its row locked")
+        faults.nothing.enqueue()
         faults.db.session.commit()
-        probe.wait("no session")
-        with locked_row(database_url):
-            open_gate()
-            worker.wait_line("keeps its row locked")
-            faults.nothing.enqueue()
-            faults.db.session.commit()
-            probe.wait("nothing DONE")
+        probe.wait("nothing DONE")
     probe.wait("freeze_without_session DONE")
     assert rows(database_url, "state, claims, attempts") == [("DONE", 1, 1)] * 2
     assert worker.stop() == 0
@@ -315,15 +282,14 @@ def test_a_worker_leaves_although_a_row_is_locked(
     app: Flask, database_url: str, probe: Probe, processes: Processes
 ) -> None:
     worker = processes.worker(APP, BQ_SHUTDOWN_TIMEOUT=0.5)
-    with probe.gate("no session") as open_gate:
-        faults.freeze_without_session.enqueue()
-        faults.db.session.commit()
-        probe.wait("no session")
-        with locked_row(database_url):
-            open_gate()
-            worker.wait_line("keeps its row locked")
-            assert worker.stop() == 0
-            assert rows(database_url, "state, attempts") == [("PROCESSING", 0)]
+    with (
+        probe.paused("no session", faults.freeze_without_session) as open_gate,
+        locked_row(database_url),
+    ):
+        open_gate()
+        worker.wait_line("keeps its row locked")
+        assert worker.stop() == 0
+        assert rows(database_url, "state, attempts") == [("PROCESSING", 0)]
     # The next worker does it again, and nobody has died of it.
     processes.worker(APP, **HEARTBEAT)
     probe.wait("freeze_without_session DONE")
@@ -334,10 +300,7 @@ def test_a_worker_leaves_although_its_task_keeps_its_own_row_locked(
     app: Flask, database_url: str, probe: Probe, processes: Processes
 ) -> None:
     worker = processes.worker(APP, BQ_SHUTDOWN_TIMEOUT=0.1)
-    with probe.gate("own row locked") as open_gate:
-        faults.lock_own_row.enqueue()
-        faults.db.session.commit()
-        probe.wait("own row locked")
+    with probe.paused("own row locked", faults.lock_own_row) as open_gate:
         assert worker.stop() == 0
         open_gate()
     processes.worker(APP, **HEARTBEAT)
@@ -497,14 +460,8 @@ def test_the_tasks_of_a_process_that_dies_wait_for_no_heartbeat(
     """Its parent knows at once."""
     settings = {"BQ_WORKER_HEARTBEAT_PERIOD": 100, "BQ_WORKER_HEARTBEAT_TIMEOUT": 1000}
     supervisor = processes.worker(APP, "--processes", "2", "--concurrency", "1", **settings)
-    with probe.gate("waiting mail") as open_gate:
-        faults.wait.enqueue(name="mail")
-        faults.db.session.commit()
-        probe.wait("waiting mail")
-        [name] = query(
-            database_url, "SELECT name FROM bq_workers JOIN bq_tasks ON worker_id = bq_workers.id"
-        )[0]
-        os.kill(int(name.rpartition("-")[2]), signal.SIGKILL)
+    with probe.paused("waiting mail", faults.wait, name="mail") as open_gate:
+        os.kill(pid(database_url), signal.SIGKILL)
         probe.wait("waiting mail")
         open_gate()
     probe.wait("wait DONE")
@@ -546,10 +503,7 @@ def test_a_signal_lets_the_running_tasks_of_all_processes_end(
     signal_name: str,
 ) -> None:
     supervisor = processes.worker(APP, "--processes", "2")
-    with probe.gate("waiting one") as open_gate:
-        faults.wait.enqueue(name="one")
-        faults.db.session.commit()
-        probe.wait("waiting one")
+    with probe.paused("waiting one", faults.wait, name="one") as open_gate:
         send(supervisor, getattr(signal, signal_name))
         supervisor.wait_line("stops", times=2)
         open_gate()
@@ -569,10 +523,7 @@ def test_a_second_signal_makes_all_processes_leave_at_once(
     signal_name: str,
 ) -> None:
     supervisor = processes.worker(APP, "--processes", "2", BQ_SHUTDOWN_TIMEOUT=1000)
-    with probe.gate("waiting long"):
-        faults.wait.enqueue(name="long")
-        faults.db.session.commit()
-        probe.wait("waiting long")
+    with probe.paused("waiting long", faults.wait, name="long"):
         send(supervisor, getattr(signal, signal_name))
         supervisor.wait_line("stops", times=2)
         send(supervisor, getattr(signal, signal_name))
@@ -586,15 +537,8 @@ def test_a_process_does_not_take_its_supervisors_signal_for_the_second(
 ) -> None:
     number = getattr(signal, signal_name)
     supervisor = processes.worker(APP, "--processes", "2")
-    with probe.gate("waiting one") as open_gate:
-        faults.wait.enqueue(name="one")
-        faults.db.session.commit()
-        probe.wait("waiting one")
-        [(name,)] = query(
-            database_url,
-            "SELECT name FROM bq_workers AS w JOIN bq_tasks AS t ON t.worker_id = w.id",
-        )
-        os.kill(int(name.rpartition("-")[2]), number)
+    with probe.paused("waiting one", faults.wait, name="one") as open_gate:
+        os.kill(pid(database_url), number)
         supervisor.wait_line("stops")
         supervisor.send(number)
         supervisor.wait_line("stops", times=2)  # the other one has it from the supervisor

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import sqlalchemy as sa
 from flask import Flask
 
 from .apps import faults
+from .apps.faults import effects
 from .pooler import installed, pooler
 from .probe import Probe, query
-from .processes import Processes
+from .processes import HEARTBEAT, Process, Processes, replace
 
 pytestmark = pytest.mark.skipif(
     installed() is None and os.environ.get("REQUIRE_POOLER") != "1",
     reason="There is no PgBouncer. (With REQUIRE_POOLER=1 this would be a failure.)",
 )
 
-APP = "tests.apps.faults"
-HEARTBEAT = {"BQ_WORKER_HEARTBEAT_PERIOD": 0.2, "BQ_WORKER_HEARTBEAT_TIMEOUT": 1.5}
+APP = faults.__name__
 
 
 @pytest.fixture
@@ -38,13 +38,9 @@ def pooled_url(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[s
 
 @pytest.fixture
 def app(pooled_url: str, probe: Probe) -> Iterator[Flask]:
-    app = faults.create_app()
-    with app.app_context():
-        faults.db.create_all()
+    with faults.context() as app:
         probe.listen_states()
         yield app
-        faults.db.session.remove()
-        faults.db.engine.dispose()
 
 
 @pytest.fixture
@@ -59,8 +55,9 @@ def several(processes: int) -> list[str]:
     return ["--processes", str(processes)] if processes > 1 else []
 
 
-def effects(url: str) -> list[str]:
-    return [text for (text,) in query(url, "SELECT text FROM effect ORDER BY id")]
+@pytest.fixture
+def start(pooled: Processes) -> Callable[[], Process]:
+    return lambda: pooled.worker(APP, **HEARTBEAT)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -101,17 +98,10 @@ def test_with_the_databases_own_address_a_worker_behind_a_pooler_is_woken(
     ],
 )
 def test_a_frozen_worker_behind_a_pooler_holds_nobody_up_and_leaves_no_trace(
-    app: Flask, database_url: str, probe: Probe, pooled: Processes, point: str, task: str
+    app: Flask, database_url: str, probe: Probe, start: Callable[[], Process], point: str, task: str
 ) -> None:
-    first = pooled.worker(APP, "--name", "first", **HEARTBEAT)
-    with probe.gate(point) as open_gate:
-        getattr(faults, task).enqueue()
-        faults.db.session.commit()
-        probe.wait(point)
-        first.freeze()
-        open_gate()
-    second = pooled.worker(APP, "--name", "second", **HEARTBEAT)
-    probe.wait(f"{task} DONE")
+    first = start()
+    second = replace(first.freeze, start, probe, point, getattr(faults, task))
     first.thaw()
     assert first.wait() == 1
     assert effects(database_url) == [task]
@@ -119,16 +109,9 @@ def test_a_frozen_worker_behind_a_pooler_holds_nobody_up_and_leaves_no_trace(
 
 
 def test_a_killed_workers_task_is_done_by_another_behind_a_pooler(
-    app: Flask, database_url: str, probe: Probe, pooled: Processes
+    app: Flask, database_url: str, probe: Probe, start: Callable[[], Process]
 ) -> None:
-    first = pooled.worker(APP, **HEARTBEAT)
-    with probe.gate("waiting mail"):
-        faults.wait.enqueue(name="mail")
-        faults.db.session.commit()
-        probe.wait("waiting mail")
-        first.kill()
-    pooled.worker(APP, **HEARTBEAT)
-    probe.wait("wait DONE")
+    replace(start().kill, start, probe, "waiting mail", faults.wait, name="mail")
     assert effects(database_url) == ["mail"]
 
 

@@ -20,11 +20,10 @@ from . import postgres
 from .apps import rights
 from .conftest import with_driver
 from .probe import Probe, query
-from .processes import Process, Processes
+from .processes import HEARTBEAT, Process, Processes, replace
 
 APP = "tests.apps.rights"
 DOCS = Path(__file__).parent.parent / "docs"
-HEARTBEAT = {"BQ_WORKER_HEARTBEAT_PERIOD": 0.2, "BQ_WORKER_HEARTBEAT_TIMEOUT": 1.5}
 #: As PostgreSQL says it.
 DENIED = "permission denied for table"
 
@@ -254,13 +253,8 @@ def test_a_killed_workers_task_is_taken_over(shop: Shop, probe: Probe) -> None:
     shop.grant(*PARAGRAPHS)
     probe.listen_states()
     first = shop.worker()
-    with shop.context("web"), probe.gate("waiting"):
-        rights.wait.enqueue(text="waited")
-        rights.db.session.commit()
-        probe.wait("waiting")
-        first.kill()
-    shop.worker()
-    probe.wait("wait DONE")
+    with shop.context("web"):
+        replace(first.kill, shop.worker, probe, "waiting", rights.wait, text="waited")
     assert shop.effects() == ["waited"]
     assert shop.sql("SELECT claims, crashes FROM bq_tasks") == [(2, 1)]
 
@@ -269,15 +263,9 @@ def test_the_connections_of_a_frozen_worker_are_ended(shop: Shop, probe: Probe) 
     shop.grant(*PARAGRAPHS)
     probe.listen_states()
     first = shop.worker()
-    with shop.context("web"), probe.gate("waiting") as open_gate:
-        rights.wait.enqueue(text="waited")
-        rights.db.session.commit()
-        probe.wait("waiting")
-        first.freeze()
-        open_gate()
-        second = shop.worker()
-        # Which it cannot do while the first keeps the unique value locked.
-        probe.wait("wait DONE")
+    with shop.context("web"):
+        # The second cannot do it while the first keeps the unique value locked.
+        second = replace(first.freeze, shop.worker, probe, "waiting", rights.wait, text="waited")
     first.thaw()
     assert first.wait() == 1
     assert "declared dead" in first.output
@@ -293,14 +281,8 @@ def test_a_dead_worker_of_another_role_keeps_its_connections_and_not_its_tasks(
     shop.grant([grant._replace(to="shop_other") for grant in GRANTS if grant.to == "shop_worker"])
     probe.listen_states()
     first = shop.worker("other")
-    with shop.context("web"), probe.gate("thinking") as open_gate:
-        rights.think.enqueue(text="thought")
-        rights.db.session.commit()
-        probe.wait("thinking")
-        first.freeze()
-        open_gate()
-        shop.worker()
-        probe.wait("think DONE")
+    with shop.context("web"):
+        replace(first.freeze, shop.worker, probe, "thinking", rights.think, text="thought")
     kept = f"SELECT 1 FROM pg_stat_activity WHERE usename = '{other}' AND application_name ~ 'bean'"
     assert shop.sql(kept)
     first.thaw()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 import sqlalchemy as sa
@@ -11,7 +13,7 @@ from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
 from flask_beanqueue import BeanQueue, current_task
-from tests.probe import pause, tell
+from tests.probe import pause, query, tell
 
 db = SQLAlchemy()
 bq = BeanQueue(db=db)
@@ -44,8 +46,23 @@ def create_app() -> Flask:
     return app
 
 
+@contextlib.contextmanager
+def context() -> Iterator[Flask]:
+    """A context of the app, with its tables, for a test."""
+    app = create_app()
+    with app.app_context():
+        db.create_all()
+        yield app
+        db.session.remove()
+        db.engine.dispose()
+
+
 def effect(text: str) -> None:
     db.session.add(Effect(text=text))
+
+
+def effects(url: str) -> list[str]:
+    return [text for (text,) in query(url, "SELECT text FROM effect ORDER BY id")]
 
 
 @bq.processor(channel="faults")
