@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,20 @@ def work(app: Flask, bq: BeanQueue) -> Callable[..., None]:
         bq.process_tasks(channels, app=app, burst=True, **options)
 
     return work
+
+
+@contextlib.contextmanager
+def running(app: Flask, bq: BeanQueue, *channels: str, **options: Any) -> Iterator[Any]:
+    """A worker in a thread of this process."""
+    worker = bq.worker(channels, app=app, **options)
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    try:
+        yield worker
+    finally:
+        worker.stop()
+        thread.join(30)
+        assert not thread.is_alive()
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from flask_sqlalchemy import SQLAlchemy
 
 from flask_beanqueue import BeanQueue, TaskStateError, current_task
 
+from .conftest import running
 from .probe import Probe, query
 
 Work = Callable[..., None]
@@ -110,14 +111,8 @@ def test_a_parked_task_is_not_taken_over(
         __name__,
     )
     probe.listen_states()
-    worker = bq.worker(app=app)
-    thread = threading.Thread(target=worker.run)
-    thread.start()
-    try:
+    with running(app, bq):
         probe.wait("orphan DONE")
-    finally:
-        worker.stop()
-        thread.join(30)
     found = query(
         database_url,
         "SELECT state, parked, claims, crashes FROM bq_tasks WHERE id = %s",

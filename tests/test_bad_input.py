@@ -52,7 +52,7 @@ from flask_beanqueue import (
 from flask_beanqueue.outcome import Outcome
 
 from . import postgres
-from .conftest import MakeApp, texts, with_driver
+from .conftest import MakeApp, running, texts, with_driver
 from .probe import Probe, query
 from .triggers import trigger
 
@@ -599,10 +599,7 @@ def test_rows_that_come_behind_the_mark_are_found_whatever_their_time_and_id(
 ) -> None:
     """Times long ago are known to a worker less exactly than to PostgreSQL."""
     probe.listen_states()
-    worker = bq.worker(app=app, concurrency=1)
-    thread = threading.Thread(target=worker.run)
-    thread.start()
-    try:
+    with running(app, bq, concurrency=1):
         with app.app_context():
             after.enqueue()
             db.session.commit()
@@ -613,9 +610,6 @@ def test_rows_that_come_behind_the_mark_are_found_whatever_their_time_and_id(
             insert(database_url, **row)
             query(database_url, 'NOTIFY "default"')
             probe.wait("odd DONE", timeout=20)
-    finally:
-        worker.stop()
-        thread.join(30)
 
 
 # Channels. That each wakes its worker is in test_notify.
@@ -1460,17 +1454,11 @@ def test_what_a_task_leaves_behind_does_not_reach_the_queues_own_connections(
     def odd() -> None:
         pass
 
-    worker = bq.worker(app=app, concurrency=1)
-    thread = threading.Thread(target=worker.run)
-    thread.start()
-    try:
+    with running(app, bq, concurrency=1):
         for name, state in (("leave", "FAILED"), ("odd", "DONE")):
             insert(database_url, func_name=name)
             query(database_url, 'NOTIFY "default"')
             probe.wait(f"{name} {state}")
-    finally:
-        worker.stop()
-        thread.join(30)
 
 
 # Any value, any words.

@@ -18,6 +18,7 @@ from flask_beanqueue.marks import Level
 from flask_beanqueue.models import uuid7
 from flask_beanqueue.writer import Writer
 
+from .conftest import running
 from .probe import Probe
 from .triggers import trigger
 
@@ -342,10 +343,7 @@ def test_a_worker_takes_over_as_soon_as_its_heartbeat_has_declared_others_dead(
         pass
 
     probe.listen_states()
-    worker = bq.worker(app=app)
-    thread = threading.Thread(target=worker.run)
-    thread.start()
-    try:
+    with running(app, bq) as worker:
         with app.app_context():
             nothing.enqueue()
             db.session.commit()
@@ -354,9 +352,6 @@ def test_a_worker_takes_over_as_soon_as_its_heartbeat_has_declared_others_dead(
             db.session.commit()
         worker._take_over_soon()
         probe.wait("nothing DONE", timeout=20)
-    finally:
-        worker.stop()
-        thread.join(30)
 
 
 def test_a_slow_receiver_does_not_hold_up_the_heartbeat(

@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from flask_beanqueue import BeanQueue
 from flask_beanqueue.crew import HORIZON
 from flask_beanqueue.worker import Worker
 
+from .conftest import running
 from .probe import Probe, query, wait_until
 from .triggers import trigger
 
@@ -53,20 +54,6 @@ def statements(app: Flask, bq: BeanQueue) -> Statements:
     statements = Statements()
     statements.listen(bq.engine(app))
     return statements
-
-
-@contextlib.contextmanager
-def running(app: Flask, bq: BeanQueue, *channels: str, **options: Any) -> Iterator[Any]:
-    """A worker in a thread of this process."""
-    worker = bq.worker(channels, app=app, **options)
-    thread = threading.Thread(target=worker.run)
-    thread.start()
-    try:
-        yield worker
-    finally:
-        worker.stop()
-        thread.join(30)
-        assert not thread.is_alive()
 
 
 class Log(list[Any]):
