@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -15,9 +16,10 @@ from hypothesis import settings
 
 from flask_beanqueue import BeanQueue
 
-from . import postgres
+from . import postgres, stage
 from .probe import Probe
 from .processes import Processes
+from .stage import End
 
 # A machine under load may be slow at any time.
 settings.register_profile("tests", deadline=None)
@@ -58,6 +60,12 @@ def other_database_url(own_databases: list[str]) -> Iterator[str]:
     """A second one."""
     yield with_driver(own_databases[1])
     postgres.empty(own_databases[1])
+
+
+@pytest.fixture(scope="module")
+def end_all(own_databases: list[str]) -> Callable[..., dict[str, End]]:
+    """Let a worker do acts, each in a task, and tell how they ended."""
+    return functools.partial(stage.end_all, with_driver(own_databases[0]))
 
 
 MakeApp = Callable[..., Flask]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import enum
 import functools
-import json
 import types
 import uuid
 from collections.abc import Callable, Iterator
@@ -15,8 +13,6 @@ import pytest
 import sqlalchemy as sa
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 from flask_beanqueue import ArgumentError, BeanQueue, DelayRetry, Processor
 
@@ -266,164 +262,6 @@ def test_what_the_worker_fills_in_is_refused_also_where_any_name_goes(bq: BeanQu
     with pytest.raises(ArgumentError, match="'db' is filled in by the worker; leave it out"):
         tag.run(db="x")
     assert tag.run(task="x").kwargs == {"task": "x"}  # not one that this one is given
-
-
-def nested(depth: int) -> Any:
-    value: Any = 0
-    for _ in range(depth):
-        value = [value]
-    return value
-
-
-@pytest.mark.parametrize("text", ["\\u0000", "\\\\u0000", "\\ud800", "😀", "é\u2028\x7f"])
-def test_text_that_only_looks_odd_is_taken(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work, text: str
-) -> None:
-    seen = []
-
-    @bq.processor()
-    def look(text: str) -> None:
-        seen.append(text)
-
-    with app.app_context():
-        look.enqueue(text=text)
-        look.enqueue_many([{"text": text}])
-        db.session.commit()
-    work()
-    assert seen == [text, text]
-
-
-# Values go through unchanged, or are refused.
-
-# JSONB knows one kind of number: from 1e16 on, a float comes back as a whole number.
-NUMBERS = st.integers(-(10**300), 10**300) | st.floats(-1e15, 1e15, allow_nan=False)
-TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
-JSON = st.recursive(
-    st.none() | st.booleans() | NUMBERS | TEXT,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
-    max_leaves=8,
-)
-
-
-def same(one: Any, other: Any) -> bool:
-    """Whether two values are equal, and of the same types."""
-    if isinstance(one, list):
-        return isinstance(other, list) and len(one) == len(other) and all(map(same, one, other))
-    if isinstance(one, dict):
-        return (
-            isinstance(other, dict)
-            and one.keys() == other.keys()
-            and all(same(one[key], other[key]) for key in one)
-        )
-    return type(one) is type(other) and one == other
-
-
-def test_arguments_reach_the_processor_unchanged(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work
-) -> None:
-    seen: list[Any] = []
-
-    @bq.processor()
-    def look(**values: Any) -> None:
-        seen.append(values)
-
-    @settings(max_examples=15)
-    @given(batch=st.lists(st.dictionaries(TEXT, JSON, max_size=4), min_size=4, max_size=20))
-    def check(batch: list[dict[str, Any]]) -> None:
-        seen.clear()
-        half = len(batch) // 2
-        with app.app_context():
-            for values in batch[:half]:
-                look.enqueue(**values)
-            db.session.flush()
-            look.enqueue_many(batch[half:])
-            db.session.commit()
-        work(concurrency=1)
-        assert same(seen, batch)
-
-    check()
-
-
-class Color(enum.Enum):
-    RED = 1
-
-
-class Size(enum.IntEnum):
-    SMALL = 1
-
-
-ODD = st.recursive(
-    st.none()
-    | st.integers()
-    | st.integers(4_000, 5_000).map(lambda digits: 10**digits)
-    | st.floats()
-    | st.text()
-    | st.text(st.sampled_from("a\0\\\"'u0{}%:\ud800\udfff\uffff\U0010ffff"))
-    | st.binary()
-    | st.datetimes()
-    | st.uuids()
-    | st.decimals()
-    | st.fractions()
-    | st.sampled_from([Color.RED, Size.SMALL, object(), NotImplemented, range(3), 1j])
-    | st.integers(0, 150).map(nested),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.tuples(inner)
-        | st.dictionaries(st.none() | st.booleans() | st.integers() | st.text(), inner, max_size=3)
-    ),
-    max_leaves=4,
-)
-
-
-def test_odd_arguments_are_refused_or_stored(app: Flask, db: SQLAlchemy, bq: BeanQueue) -> None:
-    @bq.processor()
-    def look(**values: Any) -> None:
-        pass
-
-    @settings(max_examples=30)
-    @given(batch=st.lists(st.dictionaries(st.text(), ODD, max_size=2), min_size=5, max_size=20))
-    @example(batch=[{"a": "\0"}, {"\0": "a"}, {"a": "\ud800"}, {"\ud800": "a"}])
-    def check(batch: list[dict[str, Any]]) -> None:
-        with app.app_context():
-            for values in batch:
-                try:
-                    task: Any = look.run(**values)
-                except ArgumentError:
-                    with pytest.raises(ArgumentError):
-                        look.enqueue_many([values])
-                    continue
-                db.session.add(task)
-                db.session.flush()
-                [other] = look.enqueue_many([values])
-                stored = db.session.scalars(
-                    sa.select(sa.cast(bq.Task.kwargs, sa.Text)).where(
-                        bq.Task.id.in_([task.id, other])
-                    )
-                ).all()
-                assert stored[0] == stored[1]
-                json.loads(stored[0])
-            db.session.rollback()
-
-    check()
-
-
-@pytest.mark.parametrize("depth", [99, 101, 900, 930, 945, 960])
-def test_nested_arguments_are_refused_or_get_done(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work, database_url: str, depth: int
-) -> None:
-    @bq.processor()
-    def look(value: Any) -> None:
-        pass
-
-    with app.app_context():
-        try:
-            look.enqueue(value=nested(depth))
-        except ArgumentError:
-            assert depth > 99
-            return
-        db.session.commit()
-    work()
-    assert query(database_url, "SELECT state FROM bq_tasks") == [("DONE",)]
 
 
 # using: options for one task.
