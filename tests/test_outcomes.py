@@ -7,8 +7,9 @@ is in test_retry.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -112,33 +113,42 @@ def test_a_result_that_has_yet_to_run_is_a_failure(end_all: Any) -> None:
         assert f"The processor returned a {name}, and nothing has run in it. Call" in end.error
 
 
-def test_a_result_is_stored_or_the_task_is_done_without(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work, caplog: pytest.LogCaptureFixture
-) -> None:
-    values: list[Any] = []
+@pytest.fixture
+def done_with(app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work) -> Callable[..., Any]:
+    """Do an act with each of some values, in a task of its own; tell each task and its value."""
 
-    @bq.processor()
-    def answer(db: Any, number: int) -> Any:
-        if number % 2:
-            db.execute(sa.text("SELECT 1"))
-        return values[number]
+    @contextlib.contextmanager
+    def done_with(act: Callable[[Any], Any], values: list[Any]) -> Iterator[Iterable[Any]]:
+        @bq.processor()
+        def do(db: Any, number: int) -> Any:
+            if number % 2:  # the others do not use their session
+                db.execute(sa.text("SELECT 1"))
+            return act(values[number])
 
-    @settings(max_examples=12)
-    @given(results=st.lists(VALUES, min_size=10, max_size=30))
-    def check(results: list[Any]) -> None:
-        values[:] = results
-        caplog.clear()
         with app.app_context():
-            answer.enqueue_many({"number": number} for number in range(len(results)))
+            do.enqueue_many({"number": number} for number in range(len(values)))
             db.session.commit()
             work(concurrency=1)
             tasks = db.session.scalars(sa.select(bq.Task).order_by(bq.Task.id)).all()
-            for task, result in zip(tasks, results, strict=True):
+            yield zip(tasks, values, strict=True)
+            db.session.execute(sa.delete(bq.Task))
+            db.session.commit()
+
+    return done_with
+
+
+def test_a_result_is_stored_or_the_task_is_done_without(
+    done_with: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    @settings(max_examples=12)
+    @given(results=st.lists(VALUES, min_size=10, max_size=30))
+    def check(results: list[Any]) -> None:
+        caplog.clear()
+        with done_with(lambda result: result, results) as done:
+            for task, result in done:
                 assert (task.state, task.attempts) == ("DONE", 1)
                 assert same(None if bad(result) else result, task.result)
                 assert (f"{task.id} is not stored: " in caplog.text) is bad(result)
-            db.session.execute(sa.delete(bq.Task))
-            db.session.commit()
 
     check()
 
@@ -331,28 +341,17 @@ def test_a_cause_that_is_neither_true_nor_false_leaves_the_retry_policy_its_say(
     assert (end.state, end.attempts) == ("DONE", 2)
 
 
-def test_an_error_is_stored_whatever_it_says(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work
-) -> None:
-    words: list[str] = []
-
-    @bq.processor()
-    def fail(db: Any, number: int) -> None:
-        if number % 2:
-            db.execute(sa.text("SELECT 1"))
-        raise ValueError(words[number]) from LookupError(words[number])
+def test_an_error_is_stored_whatever_it_says(done_with: Callable[..., Any]) -> None:
+    def fail(message: str) -> None:
+        raise ValueError(message) from LookupError(message)
 
     @settings(max_examples=12)
     @given(messages=st.lists(TEXT, min_size=10, max_size=20), times=st.integers(1, 20_000))
     @example(messages=["", "\0", "\ud800", "\\", "é", "\udfff\uffff\U0010ffff"], times=60_000)
     def check(messages: list[str], times: int) -> None:
-        words[:] = [*messages, *(message * times for message in messages)]
-        with app.app_context():
-            fail.enqueue_many({"number": number} for number in range(len(words)))
-            db.session.commit()
-            work(concurrency=1)
-            tasks = db.session.scalars(sa.select(bq.Task).order_by(bq.Task.id)).all()
-            for task, message in zip(tasks, words, strict=True):
+        words = [*messages, *(message * times for message in messages)]
+        with done_with(fail, words) as done:
+            for task, message in done:
                 assert (task.state, task.attempts) == ("FAILED", 1)
                 assert task.error_message.startswith("ValueError")
                 assert len(task.error_message) < outcome.MESSAGE_LENGTH + 100
@@ -361,7 +360,5 @@ def test_an_error_is_stored_whatever_it_says(
                 [event] = task.events
                 assert (event.type, event.error_message) == ("FAILED", task.error_message)
                 assert 0 < len(event.traceback) < outcome.TRACEBACK_LENGTH + 100
-            db.session.execute(sa.delete(bq.Task))
-            db.session.commit()
 
     check()

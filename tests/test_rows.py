@@ -195,14 +195,25 @@ def after(bq: BeanQueue) -> Any:
     return after
 
 
+@pytest.fixture
+def others_get_done(
+    app: Flask, db: SQLAlchemy, Note: Any, odd: Any, after: Any, work: Work
+) -> Callable[..., None]:
+    """Work, and see that tasks that come after odd rows get done, and of those none."""
+
+    def check(**options: Any) -> None:
+        with app.app_context():
+            after.enqueue_many([{}] * 50)
+            db.session.commit()
+        work(**options)
+        assert texts(app, db, Note) == ["after"] * 50
+
+    return check
+
+
 @pytest.mark.parametrize("crashes", [0, 1])
 def test_a_row_that_a_rule_does_not_let_be_claimed_disturbs_nobody(
-    app: Flask,
-    db: SQLAlchemy,
-    Note: Any,
-    odd: Any,
-    after: Any,
-    work: Work,
+    others_get_done: Callable[..., None],
     database_url: str,
     caplog: pytest.LogCaptureFixture,
     crashes: int,
@@ -213,11 +224,7 @@ def test_a_row_that_a_rule_does_not_let_be_claimed_disturbs_nobody(
         "ALTER TABLE bq_tasks ADD CHECK (func_name <> 'odd' OR state = 'PENDING') NOT VALID",
     )
     rows = [insert(database_url, crashes=crashes) for _ in range(3)]
-    with app.app_context():
-        after.enqueue_many([{}] * 50)
-        db.session.commit()
-    work()
-    assert texts(app, db, Note) == ["after"] * 50
+    others_get_done()
     assert query(
         database_url, "SELECT state, count(*) FROM bq_tasks GROUP BY state ORDER BY state"
     ) == [("DONE", 50), ("PENDING", 3)]
@@ -227,17 +234,13 @@ def test_a_row_that_a_rule_does_not_let_be_claimed_disturbs_nobody(
 
 @pytest.mark.slow
 def test_arguments_that_are_too_long_as_text_fail_their_task_and_no_other(
-    app: Flask, db: SQLAlchemy, Note: Any, odd: Any, after: Any, work: Work, database_url: str
+    others_get_done: Callable[..., None], database_url: str
 ) -> None:
     """JSONB keeps 1e131071 in some bytes; as text it has 131,072."""
     kwargs = f'{{"a": [{",".join(["1e131071"] * 8_200)}]}}'
     insert(database_url, kwargs=kwargs)
     insert(database_url, kwargs=kwargs, state="PROCESSING")
-    with app.app_context():
-        after.enqueue_many([{}] * 50)
-        db.session.commit()
-    work(concurrency=1)
-    assert texts(app, db, Note) == ["after"] * 50
+    others_get_done(concurrency=1)
     ends = query(database_url, "SELECT state, error_message FROM bq_tasks WHERE func_name = 'odd'")
     assert [state for state, _ in ends] == ["FAILED", "FAILED"]
     assert all("ValueError: the task's kwargs cannot be read: " in error for _, error in ends)
@@ -280,11 +283,7 @@ CHANNELS = [
 ]
 
 
-def test_any_channel_is_worked_on(app: Flask, bq: BeanQueue, work: Work, database_url: str) -> None:
-    @bq.processor()
-    def odd() -> None:
-        pass
-
+def test_any_channel_is_worked_on(app: Flask, odd: Any, work: Work, database_url: str) -> None:
     for channel in CHANNELS:
         insert(database_url, channel=channel)
     work(*CHANNELS)
