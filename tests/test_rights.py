@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,8 +87,9 @@ class Shop:
     def role(self, name: str) -> str:
         return f"{self.database}_{name.removeprefix('shop_')}"
 
-    def make_role(self, name: str) -> str:
+    def make_role(self, name: str, grants: Iterable[Grant] = ()) -> str:
         self.sql(f"CREATE ROLE {self.role(name)} LOGIN PASSWORD 'secret'")
+        self.grant([grant._replace(to=name) for grant in grants])
         return self.role(name)
 
     def url_of(self, name: str) -> str:
@@ -114,6 +115,11 @@ class Shop:
         self.add(app, rights.db)
         with app.app_context():
             yield
+
+    def enqueue(self, role: str, processor: Any, **arguments: Any) -> None:
+        with self.context(role):
+            processor.enqueue(**arguments)
+            rights.db.session.commit()
 
     def add(self, app: Flask, db: SQLAlchemy) -> None:
         """Have an app's connections closed at the end."""
@@ -165,10 +171,23 @@ def empty_shop(database_url: str, processes: Processes) -> Iterator[Shop]:
 
 
 @pytest.fixture
-def shop(empty_shop: Shop) -> Shop:
-    """One with tables."""
+def closed_shop(empty_shop: Shop) -> Shop:
+    """One with tables, and no right to use them."""
     empty_shop.make_tables()
     return empty_shop
+
+
+@pytest.fixture
+def shop(closed_shop: Shop) -> Shop:
+    """One with all rights that the page grants."""
+    closed_shop.grant(*PARAGRAPHS)
+    return closed_shop
+
+
+@pytest.fixture
+def probe(shop: Shop, probe: Probe) -> Probe:
+    probe.listen_states()
+    return probe
 
 
 def denied(words: str | None = None) -> Any:
@@ -186,9 +205,9 @@ def test_the_owner_makes_the_tables(empty_shop: Shop) -> None:
     ]
 
 
-def test_to_make_tasks_takes_insert_alone(shop: Shop) -> None:
-    shop.grant(CONNECT, ENQUEUE)
-    with shop.context("web"):
+def test_to_make_tasks_takes_insert_alone(closed_shop: Shop) -> None:
+    closed_shop.grant(CONNECT, ENQUEUE)
+    with closed_shop.context("web"):
         rights.db.session.add(rights.write.run(text="run"))
         for text in ("enqueue", "enqueue again"):
             rights.write.enqueue(text=text)
@@ -202,14 +221,13 @@ def test_to_make_tasks_takes_insert_alone(shop: Shop) -> None:
         rights.db.session.commit()
         with denied(f"{DENIED} bq_tasks"):
             _ = task.id
-    submit = shop.flask("web", "submit", "rights", APP, "nothing")
+    submit = closed_shop.flask("web", "submit", "rights", APP, "nothing")
     assert submit.wait() == 0
-    assert len(shop.states()) == 9
-    assert shop.effects() == ["another", "own row"]
+    assert len(closed_shop.states()) == 9
+    assert closed_shop.effects() == ["another", "own row"]
 
 
 def test_the_web_role_makes_tasks_and_the_worker_role_does_them(shop: Shop) -> None:
-    shop.grant(*PARAGRAPHS)
     with shop.context("web"):
         task = rights.write.enqueue(text="written")
         rights.make.enqueue(texts=["made", "made too", "and made"])
@@ -235,7 +253,6 @@ def test_the_web_role_makes_tasks_and_the_worker_role_does_them(shop: Shop) -> N
 
 @pytest.mark.parametrize("well", [True, False])
 def test_the_web_role_ends_a_parked_task(shop: Shop, well: bool) -> None:
-    shop.grant(*PARAGRAPHS)
     with shop.context("web"):
         task = rights.park.enqueue()
         rights.db.session.commit()
@@ -250,18 +267,13 @@ def test_the_web_role_ends_a_parked_task(shop: Shop, well: bool) -> None:
 
 
 def test_a_killed_workers_task_is_taken_over(shop: Shop, probe: Probe) -> None:
-    shop.grant(*PARAGRAPHS)
-    probe.listen_states()
-    first = shop.worker()
     with shop.context("web"):
-        replace(first.kill, shop.worker, probe, "waiting", rights.wait, text="waited")
+        replace(shop.worker().kill, shop.worker, probe, "waiting", rights.wait, text="waited")
     assert shop.effects() == ["waited"]
     assert shop.sql("SELECT claims, crashes FROM bq_tasks") == [(2, 1)]
 
 
 def test_the_connections_of_a_frozen_worker_are_ended(shop: Shop, probe: Probe) -> None:
-    shop.grant(*PARAGRAPHS)
-    probe.listen_states()
     first = shop.worker()
     with shop.context("web"):
         # The second cannot do it while the first keeps the unique value locked.
@@ -276,10 +288,7 @@ def test_the_connections_of_a_frozen_worker_are_ended(shop: Shop, probe: Probe) 
 def test_a_dead_worker_of_another_role_keeps_its_connections_and_not_its_tasks(
     shop: Shop, probe: Probe
 ) -> None:
-    shop.grant(*PARAGRAPHS)
-    other = shop.make_role("other")
-    shop.grant([grant._replace(to="shop_other") for grant in GRANTS if grant.to == "shop_worker"])
-    probe.listen_states()
+    other = shop.make_role("other", [grant for grant in GRANTS if grant.to == "shop_worker"])
     first = shop.worker("other")
     with shop.context("web"):
         replace(first.freeze, shop.worker, probe, "thinking", rights.think, text="thought")
@@ -290,20 +299,18 @@ def test_a_dead_worker_of_another_role_keeps_its_connections_and_not_its_tasks(
     assert shop.effects() == ["thought"]
 
 
-def test_to_hear_of_tasks_takes_no_right_and_tells_the_channel_alone(shop: Shop) -> None:
-    shop.grant(CONNECT[:1])
-    with contextlib.closing(Probe(shop.url_of("web"), "rights")) as ears:
-        with shop.context("owner"):
-            rights.write.enqueue(text="a word")
-            rights.db.session.commit()
+def test_to_hear_of_tasks_takes_no_right_and_tells_the_channel_alone(closed_shop: Shop) -> None:
+    closed_shop.grant(CONNECT[:1])
+    with contextlib.closing(Probe(closed_shop.url_of("web"), "rights")) as ears:
+        closed_shop.enqueue("owner", rights.write, text="a word")
         ears.wait_until(lambda: ears.heard)
         assert ears.heard == [""]
 
 
-def test_to_cancel_and_to_try_again_by_hand_takes_one_column(shop: Shop) -> None:
-    shop.grant(CONNECT, ENQUEUE, READ)
-    shop.sql(f"GRANT UPDATE (state) ON bq_tasks TO {shop.role('web')}")
-    with shop.context("web"):
+def test_to_cancel_and_to_try_again_by_hand_takes_one_column(closed_shop: Shop) -> None:
+    closed_shop.grant(CONNECT, ENQUEUE, READ)
+    closed_shop.sql(f"GRANT UPDATE (state) ON bq_tasks TO {closed_shop.role('web')}")
+    with closed_shop.context("web"):
         task = rights.nothing.enqueue()
         rights.db.session.commit()
         for state in ("CANCELLED", "PENDING"):
@@ -315,7 +322,6 @@ def test_to_cancel_and_to_try_again_by_hand_takes_one_column(shop: Shop) -> None
 
 
 def test_to_show_events_takes_the_right_to_read_them(shop: Shop) -> None:
-    shop.grant(*PARAGRAPHS)
     with shop.context("web"):
         task = rights.nothing.enqueue()
         rights.db.session.commit()
@@ -330,13 +336,9 @@ def test_to_clear_up_takes_select_and_delete(shop: Shop) -> None:
     section = (DOCS / "deployment.md").read_text().partition("## Tables")[2]
     statements = re.findall(r"^DELETE [^;]*;", section, re.M)
     assert len(statements) == 2
-    shop.grant(*PARAGRAPHS)
-    other = shop.make_role("other")
-    shop.grant([grant._replace(to="shop_other") for grant in CONNECT[::2]])
+    other = shop.make_role("other", CONNECT[::2])
     shop.sql(f"GRANT SELECT, DELETE ON bq_tasks, bq_workers TO {other}")
-    with shop.context("web"):
-        rights.nothing.enqueue()
-        rights.db.session.commit()
+    shop.enqueue("web", rights.nothing)
     assert shop.burst().wait() == 0
     shop.sql("UPDATE bq_tasks SET finished_at = finished_at - interval '31 days'")
     shop.sql("UPDATE bq_workers SET last_heartbeat = last_heartbeat - interval '31 days'")
@@ -346,18 +348,18 @@ def test_to_clear_up_takes_select_and_delete(shop: Shop) -> None:
 
 
 def test_to_refer_to_tasks_takes_references_when_the_table_is_made_and_no_more(
-    shop: Shop,
+    closed_shop: Shop,
 ) -> None:
-    shop.grant(CONNECT, ENQUEUE)
-    web = shop.role("web")
-    shop.sql(f"GRANT CREATE ON SCHEMA public TO {web}")
+    closed_shop.grant(CONNECT, ENQUEUE)
+    web = closed_shop.role("web")
+    closed_shop.sql(f"GRANT CREATE ON SCHEMA public TO {web}")
     table = "CREATE TABLE own (task_id uuid REFERENCES bq_tasks (id))"
-    with denied(f"{DENIED} bq_tasks"), shop.context("web"):
+    with denied(f"{DENIED} bq_tasks"), closed_shop.context("web"):
         rights.db.session.execute(sa.text(table))
-    shop.sql(f"GRANT REFERENCES ON bq_tasks TO {web}")
-    query(shop.url_of("web"), table)
-    shop.sql(f"REVOKE REFERENCES ON bq_tasks FROM {web}")
-    with shop.context("web"):
+    closed_shop.sql(f"GRANT REFERENCES ON bq_tasks TO {web}")
+    query(closed_shop.url_of("web"), table)
+    closed_shop.sql(f"REVOKE REFERENCES ON bq_tasks FROM {web}")
+    with closed_shop.context("web"):
         task = rights.nothing.enqueue()
         rights.db.session.flush()
         rights.db.session.execute(sa.text("INSERT INTO own VALUES (:id)"), {"id": task.id})
@@ -366,7 +368,7 @@ def test_to_refer_to_tasks_takes_references_when_the_table_is_made_and_no_more(
 
 @pytest.mark.parametrize("eager", [True, False])
 def test_own_models_are_inserted_without_select_where_the_orm_asks_for_nothing(
-    shop: Shop, eager: bool
+    closed_shop: Shop, eager: bool
 ) -> None:
     db = SQLAlchemy()
 
@@ -382,17 +384,17 @@ def test_own_models_are_inserted_without_select_where_the_orm_asks_for_nothing(
     def look() -> None:
         pass
 
-    shop.grant(CONNECT)
+    closed_shop.grant(CONNECT)
     for role in ("owner", "web"):
         app = Flask(__name__)
-        app.config["SQLALCHEMY_DATABASE_URI"] = shop.url_of(role)
+        app.config["SQLALCHEMY_DATABASE_URI"] = closed_shop.url_of(role)
         db.init_app(app)
         bq.init_app(app)
-        shop.add(app, db)
+        closed_shop.add(app, db)
         with app.app_context():
             if role == "owner":
                 db.create_all()
-                shop.sql(f"GRANT INSERT ON task TO {shop.role('web')}")
+                closed_shop.sql(f"GRANT INSERT ON task TO {closed_shop.role('web')}")
             else:
                 look.enqueue()
                 with denied(f"{DENIED} task") if eager else contextlib.nullcontext():
@@ -440,9 +442,7 @@ def work(shop: Shop) -> str:
 
 
 def make(shop: Shop) -> str:
-    with shop.context("web"):
-        rights.make.enqueue(texts=["made"])
-        rights.db.session.commit()
+    shop.enqueue("web", rights.make, texts=["made"])
     assert shop.burst().wait() == 0
     [(state, message)] = shop.sql("SELECT state, error_message FROM bq_tasks")
     assert state == "FAILED"
@@ -486,7 +486,6 @@ WITHOUT: dict[Grant, Any] = {
 
 @pytest.mark.parametrize("grant", GRANTS, ids=lambda grant: f"{grant} TO {grant.to}")
 def test_without_one_right_something_is_refused_and_says_what(shop: Shop, grant: Grant) -> None:
-    shop.grant(*PARAGRAPHS)
     shop.revoke(grant)
     refused, words = WITHOUT[grant]
     assert words.format(web=shop.role("web"), worker=shop.role("worker")) in refused(shop)
@@ -539,11 +538,13 @@ NEITHER = [
     ids=["web that makes tasks", "web that reads them, too", "web", "worker"],
 )
 def test_the_roles_may_do_no_more(
-    shop: Shop, role: str, paragraphs: list[list[Grant]], statements: list[str]
+    closed_shop: Shop, role: str, paragraphs: list[list[Grant]], statements: list[str]
 ) -> None:
-    shop.grant(CONNECT, *paragraphs)
-    shop.sql("INSERT INTO bq_tasks (module, func_name, state) VALUES ('no', 'where', 'PROCESSING')")
-    with shop.context(role):
+    closed_shop.grant(CONNECT, *paragraphs)
+    closed_shop.sql(
+        "INSERT INTO bq_tasks (module, func_name, state) VALUES ('no', 'where', 'PROCESSING')"
+    )
+    with closed_shop.context(role):
         for statement in statements:
             with denied("permission denied|must be owner"):
                 rights.db.session.execute(sa.text(statement))
@@ -551,7 +552,6 @@ def test_the_roles_may_do_no_more(
 
 
 def test_the_web_role_cannot_end_a_workers_connections(shop: Shop) -> None:
-    shop.grant(*PARAGRAPHS)
     with shop.context("worker"):
         pid = rights.db.session.scalar(sa.select(sa.func.pg_backend_pid()))
         with shop.context("web"), denied("permission denied to terminate process"):
