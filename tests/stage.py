@@ -112,7 +112,7 @@ def end_all(url: str, acts: dict[str, Act], attempts: int = 1) -> dict[str, End]
         assert effects.count("after") == len(acts)
         ends = {}
         for name, (task_id, text) in tasks.items():
-            task = on.db.session.get(on.bq.Task, task_id)
+            task: Any = on.db.session.get(on.bq.Task, task_id)
             ends[name] = End(
                 task.state,
                 task.error_message or "",

@@ -192,7 +192,7 @@ PROCESSORS: dict[str, tuple[Act, str, bool, str]] = {
 
 
 @pytest.fixture(scope="module")
-def processors_ended(end_all: Any) -> dict[str, End]:
+def processors_ended(end_all: Callable[..., dict[str, End]]) -> dict[str, End]:
     with contextlib.chdir("."):  # and back
         return end_all({name: act for name, (act, *_) in PROCESSORS.items()})
 
@@ -315,7 +315,9 @@ DATABASE_ERRORS: dict[str, tuple[Act, str]] = {
 
 
 @pytest.fixture(scope="module")
-def database_errors_ended(end_all: Any) -> Callable[[int], dict[str, End]]:
+def database_errors_ended(
+    end_all: Callable[..., dict[str, End]],
+) -> Callable[[int], dict[str, End]]:
     acts = {name: act for name, (act, _) in DATABASE_ERRORS.items()}
     return {attempts: end_all(acts, attempts) for attempts in (1, 2)}.__getitem__
 

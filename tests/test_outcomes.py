@@ -49,7 +49,7 @@ RESULTS = {
 
 
 @pytest.fixture(scope="module")
-def results_ended(end_all: Any) -> dict[str, End]:
+def results_ended(end_all: Callable[..., dict[str, End]]) -> dict[str, End]:
     return end_all({name: returning(value) for name, (value, _) in RESULTS.items()})
 
 
@@ -307,7 +307,7 @@ ERRORS: dict[str, tuple[Act, str]] = {
 
 
 @pytest.fixture(scope="module")
-def errors_ended(end_all: Any) -> dict[str, End]:
+def errors_ended(end_all: Callable[..., dict[str, End]]) -> dict[str, End]:
     return end_all({name: act for name, (act, _) in ERRORS.items()})
 
 
