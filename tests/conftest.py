@@ -167,6 +167,5 @@ def probe(database_url: str) -> Iterator[Probe]:
 
 @pytest.fixture
 def processes(database_url: str) -> Iterator[Processes]:
-    processes = Processes(database_url)
-    yield processes
-    processes.clean_up()
+    with contextlib.closing(Processes(database_url)) as processes:
+        yield processes

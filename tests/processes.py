@@ -156,7 +156,7 @@ class Processes:
         process.wait_line(READY, times=1 if number is None else int(arguments[number]))
         return process
 
-    def clean_up(self) -> None:
+    def close(self) -> None:
         for process in self._started:
             process.clean_up()
 

@@ -22,6 +22,13 @@ from .processes import HEARTBEAT, READY, Process, Processes, replace
 
 APP = faults.__name__
 
+with_each_signal = pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"]
+)
+#: To the process alone, or to its children as well.
+Send = Callable[[Process, int], None]
+sent_either_way = pytest.mark.parametrize("send", [Process.send, Process.send_all])
+
 
 @pytest.fixture
 def app(database_url: str, monkeypatch: pytest.MonkeyPatch, probe: Probe) -> Iterator[Flask]:
@@ -48,13 +55,7 @@ def pid(url: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("point", "task"),
-    [
-        ("before flush", "freeze_first"),
-        ("after flush", "freeze_flushed"),
-        ("in commit", "freeze_in_commit"),
-        ("no session", "freeze_without_session"),
-    ],
+    ("point", "task"), [*faults.STOPS, ("no session", "freeze_without_session")]
 )
 def test_a_frozen_worker_holds_nobody_up_and_leaves_no_trace(
     app: Flask, database_url: str, probe: Probe, start: Callable[[], Process], point: str, task: str
@@ -178,15 +179,15 @@ def test_a_task_whose_workers_row_is_gone_is_taken_over(
     probe.wait("nothing DONE")
 
 
-@pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGINT"])
+@with_each_signal
 def test_a_signal_lets_running_tasks_end_and_gives_the_others_back(
-    app: Flask, database_url: str, probe: Probe, processes: Processes, signal_name: str
+    app: Flask, database_url: str, probe: Probe, processes: Processes, number: int
 ) -> None:
     worker = processes.worker(APP, "--concurrency", "1")
     with probe.paused("waiting one", faults.wait, name="one") as open_gate:
         faults.wait.enqueue(name="two")
         faults.db.session.commit()
-        worker.send(getattr(signal, signal_name))
+        worker.send(number)
         worker.wait_line("stops")
         open_gate()
     assert worker.wait() == 0
@@ -492,19 +493,19 @@ def test_processes_leave_when_their_supervisor_is_killed(
     probe.wait("child-2 SHUTDOWN")
 
 
-@pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGINT"])
-@pytest.mark.parametrize("send", [Process.send, Process.send_all])
+@with_each_signal
+@sent_either_way
 def test_a_signal_lets_the_running_tasks_of_all_processes_end(
     app: Flask,
     database_url: str,
     probe: Probe,
     processes: Processes,
-    send: Callable[[Process, int], None],
-    signal_name: str,
+    send: Send,
+    number: int,
 ) -> None:
     supervisor = processes.worker(APP, "--processes", "2")
     with probe.paused("waiting one", faults.wait, name="one") as open_gate:
-        send(supervisor, getattr(signal, signal_name))
+        send(supervisor, number)
         supervisor.wait_line("stops", times=2)
         open_gate()
         assert supervisor.wait() == 0
@@ -512,30 +513,29 @@ def test_a_signal_lets_the_running_tasks_of_all_processes_end(
     assert rows(database_url, "state, attempts, crashes") == [("DONE", 1, 0)]
 
 
-@pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGINT"])
-@pytest.mark.parametrize("send", [Process.send, Process.send_all])
+@with_each_signal
+@sent_either_way
 def test_a_second_signal_makes_all_processes_leave_at_once(
     app: Flask,
     database_url: str,
     probe: Probe,
     processes: Processes,
-    send: Callable[[Process, int], None],
-    signal_name: str,
+    send: Send,
+    number: int,
 ) -> None:
     supervisor = processes.worker(APP, "--processes", "2", BQ_SHUTDOWN_TIMEOUT=1000)
     with probe.paused("waiting long", faults.wait, name="long"):
-        send(supervisor, getattr(signal, signal_name))
+        send(supervisor, number)
         supervisor.wait_line("stops", times=2)
-        send(supervisor, getattr(signal, signal_name))
+        send(supervisor, number)
         assert supervisor.wait() == 0
     assert rows(database_url, "state, attempts, crashes") == [("PENDING", 0, 0)]
 
 
-@pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGINT"])
+@with_each_signal
 def test_a_process_does_not_take_its_supervisors_signal_for_the_second(
-    app: Flask, database_url: str, probe: Probe, processes: Processes, signal_name: str
+    app: Flask, database_url: str, probe: Probe, processes: Processes, number: int
 ) -> None:
-    number = getattr(signal, signal_name)
     supervisor = processes.worker(APP, "--processes", "2")
     with probe.paused("waiting one", faults.wait, name="one") as open_gate:
         os.kill(pid(database_url), number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 
@@ -46,9 +47,8 @@ def app(pooled_url: str, probe: Probe) -> Iterator[Flask]:
 @pytest.fixture
 def pooled(pooled_url: str) -> Iterator[Processes]:
     """Processes whose database is behind the pooler."""
-    processes = Processes(pooled_url)
-    yield processes
-    processes.clean_up()
+    with contextlib.closing(Processes(pooled_url)) as processes:
+        yield processes
 
 
 def several(processes: int) -> list[str]:
@@ -89,14 +89,7 @@ def test_with_the_databases_own_address_a_worker_behind_a_pooler_is_woken(
     assert worker.stop() == 0
 
 
-@pytest.mark.parametrize(
-    ("point", "task"),
-    [
-        ("before flush", "freeze_first"),
-        ("after flush", "freeze_flushed"),
-        ("in commit", "freeze_in_commit"),
-    ],
-)
+@pytest.mark.parametrize(("point", "task"), faults.STOPS)
 def test_a_frozen_worker_behind_a_pooler_holds_nobody_up_and_leaves_no_trace(
     app: Flask, database_url: str, probe: Probe, start: Callable[[], Process], point: str, task: str
 ) -> None:

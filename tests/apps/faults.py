@@ -65,6 +65,14 @@ def effects(url: str) -> list[str]:
     return [text for (text,) in query(url, "SELECT text FROM effect ORDER BY id")]
 
 
+#: Where tasks stop that write through their session, and which.
+STOPS = [
+    ("before flush", "freeze_first"),
+    ("after flush", "freeze_flushed"),
+    ("in commit", "freeze_in_commit"),
+]
+
+
 @bq.processor(channel="faults")
 def freeze_first() -> None:
     """Stops before it has touched the database."""
