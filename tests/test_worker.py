@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -84,6 +84,42 @@ def note(bq: BeanQueue, log: Log) -> Any:
         log.add(number)
 
     return note
+
+
+@pytest.fixture
+def gate() -> threading.Event:
+    """What a task waits for that is to take long."""
+    return threading.Event()
+
+
+@pytest.fixture
+def busy_worker(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, log: Log, gate: threading.Event
+) -> Callable[[int], Any]:
+    """A worker of so many threads that has begun a long task."""
+
+    @bq.processor()
+    def long() -> None:
+        log.add("long")
+        gate.wait(60)
+
+    @contextlib.contextmanager
+    def busy_worker(concurrency: int) -> Iterator[Any]:
+        with app.app_context(), running(app, bq, concurrency=concurrency) as worker:
+            long.enqueue()
+            db.session.commit()
+            log.wait(1)
+            yield worker
+
+    return busy_worker
+
+
+def suspected(db: SQLAlchemy, processor: Any, **arguments: Any) -> Any:
+    """Add a task that was in a crash."""
+    task = processor.run(**arguments)
+    task.crashes = 1
+    db.session.add(task)
+    return task
 
 
 def test_tasks_are_done_in_the_order_of_priority_schedule_and_making(
@@ -344,22 +380,10 @@ def test_an_outcome_that_the_database_refuses_holds_up_no_other(
 
 
 def test_a_task_that_was_in_a_crash_does_not_stop_the_queue_behind_a_long_one(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log
+    db: SQLAlchemy, note: Any, log: Log, busy_worker: Callable[[int], Any], gate: threading.Event
 ) -> None:
-    gate = threading.Event()
-
-    @bq.processor()
-    def long() -> None:
-        log.add("long")
-        gate.wait(60)
-
-    with app.app_context(), running(app, bq, concurrency=3):
-        long.enqueue()
-        db.session.commit()
-        log.wait(1)
-        suspect = note.run(number=-1)
-        suspect.crashes = 1
-        db.session.add(suspect)
+    with busy_worker(3):
+        suspected(db, note, number=-1)
         note.enqueue_many({"number": number} for number in range(50))
         db.session.commit()
         log.wait(51)
@@ -393,31 +417,19 @@ def test_tasks_that_were_in_a_crash_follow_each_other(
 
 
 def test_a_task_that_was_in_a_crash_gives_way_to_others_and_is_done_in_the_end(
-    app: Flask,
     db: SQLAlchemy,
-    bq: BeanQueue,
     note: Any,
     log: Log,
     monkeypatch: pytest.MonkeyPatch,
     probe: Probe,
+    busy_worker: Callable[[int], Any],
+    gate: threading.Event,
 ) -> None:
     """It waits beside a long task, is given back, and comes again when it can be alone."""
     probe.listen_states()
     monkeypatch.setattr("flask_beanqueue.suspect.REST", 2)
-    gate = threading.Event()
-
-    @bq.processor()
-    def long() -> None:
-        log.add("long")
-        gate.wait(60)
-
-    with app.app_context(), running(app, bq, concurrency=2):
-        long.enqueue()
-        db.session.commit()
-        log.wait(1)
-        suspect = note.run(number=-1)
-        suspect.crashes = 1
-        db.session.add(suspect)
+    with busy_worker(2):
+        suspect = suspected(db, note, number=-1)
         db.session.commit()
         probe.wait("note PENDING")
         assert suspect.claims == 1
@@ -433,31 +445,19 @@ def test_a_task_that_was_in_a_crash_gives_way_to_others_and_is_done_in_the_end(
 
 
 def test_a_task_that_was_in_a_crash_is_not_left_waiting_by_an_idle_worker(
-    app: Flask,
     db: SQLAlchemy,
-    bq: BeanQueue,
     note: Any,
     log: Log,
     monkeypatch: pytest.MonkeyPatch,
     probe: Probe,
+    busy_worker: Callable[[int], Any],
+    gate: threading.Event,
 ) -> None:
     """It has given way to a long task, would have to rest, and then there is nothing else to do."""
     probe.listen_states()
     monkeypatch.setattr("flask_beanqueue.suspect.REST", 1000)
-    gate = threading.Event()
-
-    @bq.processor()
-    def long() -> None:
-        log.add("long")
-        gate.wait(60)
-
-    with app.app_context(), running(app, bq, concurrency=2):
-        long.enqueue()
-        db.session.commit()
-        log.wait(1)
-        suspect = note.run(number=-1)
-        suspect.crashes = 1
-        db.session.add(suspect)
+    with busy_worker(2):
+        suspect = suspected(db, note, number=-1)
         db.session.commit()
         probe.wait("note PENDING")
         assert suspect.claims == 1
@@ -466,20 +466,23 @@ def test_a_task_that_was_in_a_crash_is_not_left_waiting_by_an_idle_worker(
 
 
 def test_a_task_that_was_in_a_crash_and_is_locked_at_its_end_stalls_nobody(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log, probe: Probe
+    app: Flask,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    note: Any,
+    log: Log,
+    probe: Probe,
+    gate: threading.Event,
 ) -> None:
     probe.listen_states()
-    gate = threading.Event()
 
     @bq.processor()
-    def suspected() -> None:
-        log.add("suspected")
+    def crash() -> None:
+        log.add("crash")
         gate.wait(60)
 
     with app.app_context(), running(app, bq):
-        suspect = suspected.run()
-        suspect.crashes = 1
-        db.session.add(suspect)
+        suspected(db, crash)
         db.session.commit()
         log.wait(1)
         with bq.engine(app).begin() as connection:
@@ -488,34 +491,22 @@ def test_a_task_that_was_in_a_crash_and_is_locked_at_its_end_stalls_nobody(
             note.enqueue(number=2)
             db.session.commit()
             log.wait(2)
-        probe.wait("suspected DONE")
+        probe.wait("crash DONE")
 
 
 def test_a_worker_that_leaves_gives_back_a_task_that_waits_to_be_alone(
-    app: Flask,
     db: SQLAlchemy,
-    bq: BeanQueue,
     note: Any,
     log: Log,
     monkeypatch: pytest.MonkeyPatch,
     probe: Probe,
+    busy_worker: Callable[[int], Any],
+    gate: threading.Event,
 ) -> None:
     probe.listen_states()
     monkeypatch.setattr("flask_beanqueue.suspect.PATIENCE", 60)
-    gate = threading.Event()
-
-    @bq.processor()
-    def long() -> None:
-        log.add("long")
-        gate.wait(60)
-
-    with app.app_context(), running(app, bq, concurrency=2) as worker:
-        long.enqueue()
-        db.session.commit()
-        log.wait(1)
-        suspect = note.run(number=-1)
-        suspect.crashes = 1
-        db.session.add(suspect)
+    with busy_worker(2) as worker:
+        suspected(db, note, number=-1)
         db.session.commit()
         probe.wait("note PROCESSING")
         worker.stop()
@@ -525,10 +516,15 @@ def test_a_worker_that_leaves_gives_back_a_task_that_waits_to_be_alone(
 
 
 def test_what_was_given_back_is_as_it_was(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log, probe: Probe
+    app: Flask,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    note: Any,
+    log: Log,
+    probe: Probe,
+    gate: threading.Event,
 ) -> None:
     probe.listen_states()
-    gate = threading.Event()
 
     @bq.processor()
     def long() -> None:
@@ -632,9 +628,7 @@ def test_a_burst_leaves_what_it_cannot_have(
     with app.app_context():
         for number in (1, 2):
             note.enqueue(number=number)
-        suspect = note.run(number=3)
-        suspect.crashes = 1
-        db.session.add(suspect)
+        suspected(db, note, number=3)
         db.session.commit()
         db.session.execute(
             sa.select(bq.Task).where(bq.Task.kwargs["number"].as_integer() > 1).with_for_update()
@@ -704,23 +698,18 @@ def test_tasks_run_side_by_side_in_threads(
 
 
 def test_a_slow_task_holds_up_nobodys_completion(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log, database_url: str, probe: Probe
+    db: SQLAlchemy,
+    note: Any,
+    log: Log,
+    database_url: str,
+    probe: Probe,
+    busy_worker: Callable[[int], Any],
+    gate: threading.Event,
 ) -> None:
     probe.listen_states()
-    gate = threading.Event()
-
-    @bq.processor()
-    def slow() -> None:
-        log.add("slow")
-        gate.wait(30)
-
-    with running(app, bq, concurrency=2) as worker:
-        with app.app_context():
-            slow.enqueue()
-            db.session.commit()
-            log.wait(1)
-            note.enqueue(number=1)
-            db.session.commit()
+    with busy_worker(2) as worker:
+        note.enqueue(number=1)
+        db.session.commit()
         log.wait(2)
         probe.wait("note DONE")
         done = "SELECT count(*) FROM bq_tasks WHERE state = 'DONE'"
@@ -758,10 +747,8 @@ def test_the_first_claim_is_small_and_short_tasks_are_claimed_in_hundreds(
 
 
 def test_long_tasks_are_claimed_one_by_one(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, log: Log, database_url: str
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, log: Log, database_url: str, gate: threading.Event
 ) -> None:
-    gate = threading.Event()
-
     @bq.processor()
     def long(number: int) -> None:
         log.add(number)
@@ -784,10 +771,8 @@ def test_long_tasks_are_claimed_one_by_one(
 
 
 def test_claims_are_given_back_when_short_tasks_turn_long(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, log: Log, database_url: str
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, log: Log, database_url: str, gate: threading.Event
 ) -> None:
-    gate = threading.Event()
-
     @bq.processor()
     def work(number: int) -> None:
         if number >= 400:
@@ -806,10 +791,9 @@ def test_claims_are_given_back_when_short_tasks_turn_long(
 
 
 def test_what_is_given_back_comes_before_what_was_made_later(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, log: Log, probe: Probe
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, log: Log, probe: Probe, gate: threading.Event
 ) -> None:
     probe.listen_states()
-    gate = threading.Event()
 
     @bq.processor()
     def work(number: int) -> None:
