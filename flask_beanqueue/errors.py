@@ -9,9 +9,12 @@ import sqlalchemy as sa
 #: What a worker's loop survives.
 TROUBLE = (sa.exc.DBAPIError, sa.exc.TimeoutError)
 
-#: Classes of SQLSTATE by which PostgreSQL refuses a value, a right, or what a constraint or a
-#: trigger does not let pass; and what a damaged row answers.
-REFUSALS = {"0A", "21", "22", "23", "27", "2F", "38", "39", "42", "44", "54", "P0", "XX"}
+#: Classes of SQLSTATE by which PostgreSQL refuses a value, or what a constraint or a trigger does
+#: not let pass; and what a damaged row answers.
+REFUSALS = {"21", "22", "23", "27", "2F", "38", "39", "44", "54", "P0", "XX"}
+#: Those by which it refuses a statement, whatever the values: it does not fit the tables, or a
+#: right is missing. They may also come from within a trigger, which meets some values only.
+MISFITS = {"0A", "42"}
 
 
 def sqlstate(error: sa.exc.DBAPIError) -> str:
@@ -23,6 +26,11 @@ def is_refusal(error: sa.exc.DBAPIError) -> bool:
     """Whether the database refuses what it was given, and would do so again. A database that is
     read-only or full does not: it may change its mind."""
     return not error.connection_invalidated and sqlstate(error)[:2] in REFUSALS
+
+
+def is_misfit(error: sa.exc.DBAPIError) -> bool:
+    """Whether the database refuses a statement as such, or a trigger's."""
+    return not error.connection_invalidated and sqlstate(error)[:2] in MISFITS
 
 
 def is_lock_timeout(error: sa.exc.DBAPIError) -> bool:

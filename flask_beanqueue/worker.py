@@ -24,7 +24,7 @@ from .claim import Claim
 from .config import Config
 from .connection import Line, named
 from .crew import Crew
-from .errors import TROUBLE, is_refusal, sqlstate
+from .errors import TROUBLE, is_refusal
 from .executor import Executor
 from .heartbeat import Heartbeat
 from .listen import Listener, Source
@@ -364,7 +364,7 @@ class Worker:
                 functools.partial(self.queue.queries.claim, connection, self.id, levels, wanted)
             )
         except sa.exc.DBAPIError as error:
-            if not refuses_row(error):
+            if not is_refusal(error):
                 raise
             if wanted > 1:
                 self._singly = wanted  # to find out which one it is
@@ -414,7 +414,7 @@ class Worker:
                 )
             )
         except sa.exc.DBAPIError as error:
-            if not refuses_row(error):
+            if not is_refusal(error):
                 raise
             self._log_refused("A task that was in a crash", error)
             return False
@@ -613,14 +613,9 @@ def claim_somehow(claim: t.Callable[..., Claimed]) -> Claimed:
     try:
         return claim()
     except sa.exc.DBAPIError as error:
-        if not refuses_row(error):
+        if not is_refusal(error):
             raise
     return claim(arguments=False)
-
-
-def refuses_row(error: sa.exc.DBAPIError) -> bool:
-    """Whether the database refuses to let some task be claimed, and not the statement as such."""
-    return is_refusal(error) and sqlstate(error)[:2] not in ("0A", "42")
 
 
 def check_pool(engine: sa.Engine, concurrency: int) -> None:

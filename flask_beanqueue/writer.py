@@ -15,7 +15,7 @@ from sqlalchemy.engine import Connection
 from . import outcome as outcomes
 from . import signals
 from .claim import Claim
-from .errors import is_lock_timeout, is_refusal
+from .errors import is_lock_timeout, is_misfit, is_refusal
 from .log import log, reason
 from .models import PENDING, PROCESSING
 from .outcome import Outcome
@@ -189,8 +189,9 @@ class Writer:
                     self._write_halves(connection, part)
                 else:
                     self._stall(part[0])
-            elif is_refusal(error):
-                self._queue.queries.check_tables(connection)  # or nothing at all can be written
+            elif is_refusal(error) or is_misfit(error):
+                if is_misfit(error):  # not of one outcome, but of any?
+                    self._queue.queries.check_tables(connection)
                 if len(part) > 1:
                     self._write_halves(connection, part)
                 else:
