@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import functools
 import os
 import signal
 import socket
@@ -21,15 +20,16 @@ from sqlalchemy.engine import Connection, Engine
 from . import signals
 from .bell import Bell
 from .claim import Claim
+from .claimer import Claimer
 from .config import Config
 from .connection import Line, named
 from .crew import Crew
-from .errors import TROUBLE, is_refusal
+from .errors import TROUBLE
 from .executor import Executor
 from .heartbeat import Heartbeat
 from .listen import Listener, Source
 from .log import log, reason
-from .marks import Level, Marks
+from .marks import Marks
 from .models import uuid7
 from .queries import application_name
 from .queue import Queue
@@ -47,8 +47,6 @@ ATTEND_AFTER = 0.1
 LISTEN_LOST = 1.0
 #: Seconds that a claimed task may wait before it is given back.
 GIVE_BACK_AFTER = 0.5
-
-Claimed = t.TypeVar("Claimed")
 
 
 class WorkerDied(RuntimeError):
@@ -106,6 +104,7 @@ class Worker:
         )
         self._writer = Writer(app, queue, config.BATCH_SIZE, self._released)
         self._marks = Marks(self.channels)
+        self._claimer = Claimer(queue, self.channels, self._marks)
         self._suspect = Suspect()
         self._source = source or self.listener()
         self._line = Line(engine)
@@ -113,10 +112,6 @@ class Worker:
         #: There is nothing to claim before this time, unless there is news.
         self._quiet_until = 0.0
         self._looked = False
-        #: How many tasks to claim one by one, for one of them cannot be claimed.
-        self._singly = 0
-        #: What has been said to be so.
-        self._refused: set[str] = set()
         self._empty = False
         self._failures = 0
         self._strays_at = float("inf")
@@ -341,11 +336,9 @@ class Worker:
         self._suspect.ends_turn()
         if not self._looked and not self._look(connection):
             return
-        if (wanted := self._crew.wanted) > 0:
+        if (wanted := self._claimer.at_once(self._crew.wanted)) > 0:
             start = time.monotonic()
-            if self._singly > 0:
-                self._singly, wanted = self._singly - 1, 1
-            if (claims := self._claim(connection, wanted)) is None:
+            if (claims := self._claimer.claim(connection, self.id, wanted)) is None:
                 return
             self._writer.held.update(claims)
             self._crew.add(claims)
@@ -355,37 +348,6 @@ class Worker:
                 self._look(connection)
             elif not enough:
                 self._quiet_until = self._marks.next_claim(time.monotonic() - start)
-
-    def _claim(self, connection: Connection, wanted: int) -> list[Claim] | None:
-        """Claim up to so many tasks; None if the database does not let one of them be claimed."""
-        levels = self._marks.turn()
-        try:
-            return claim_somehow(
-                functools.partial(self.queue.queries.claim, connection, self.id, levels, wanted)
-            )
-        except sa.exc.DBAPIError as error:
-            if not is_refusal(error):
-                raise
-            if wanted > 1:
-                self._singly = wanted  # to find out which one it is
-            else:
-                self._pass_over(connection, levels, error)
-            return None
-
-    def _pass_over(
-        self, connection: Connection, levels: t.Sequence[Level], error: sa.exc.DBAPIError
-    ) -> None:
-        """Pass over the one task whose claim was refused, so that it holds up no other."""
-        front = self.queue.queries.next(connection, levels)
-        if front is None:
-            raise error
-        self._marks.step_over(front)
-        self._log_refused(f"Task {front.id}", error)
-
-    def _log_refused(self, what: str, error: sa.exc.DBAPIError) -> None:
-        if what not in self._refused:
-            self._refused.add(what)
-            log.error("%s cannot be claimed: %s", what, reason(error))
 
     def _look(self, connection: Connection) -> bool:
         """Look from the front for what the marks have passed, and for how long to sleep.
@@ -407,17 +369,7 @@ class Worker:
         return due
 
     def _claim_suspect(self, connection: Connection) -> bool:
-        try:
-            claim = claim_somehow(
-                functools.partial(
-                    self.queue.queries.claim_suspect, connection, self.id, self.channels
-                )
-            )
-        except sa.exc.DBAPIError as error:
-            if not is_refusal(error):
-                raise
-            self._log_refused("A task that was in a crash", error)
-            return False
+        claim = self._claimer.claim_suspect(connection, self.id)
         if claim is None:
             return False
         self._writer.held.add(claim)
@@ -605,17 +557,6 @@ def make_listen_engine(engine: Engine, config: Config) -> Engine:
     if config.LISTEN_DATABASE_URL is None:
         return engine
     return sa.create_engine(config.LISTEN_DATABASE_URL, poolclass=sa.NullPool)
-
-
-def claim_somehow(claim: t.Callable[..., Claimed]) -> Claimed:
-    """Claim with the tasks' arguments; if the database refuses, for it may be because of those,
-    without them. Each task then reads its own."""
-    try:
-        return claim()
-    except sa.exc.DBAPIError as error:
-        if not is_refusal(error):
-            raise
-    return claim(arguments=False)
 
 
 def check_pool(engine: sa.Engine, concurrency: int) -> None:

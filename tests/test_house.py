@@ -16,7 +16,7 @@ FLOORS = """
     cli
     extension
     worker
-    heartbeat crew writer suspect supervisor
+    heartbeat crew writer claimer suspect supervisor
     executor
     fence
     outcome
