@@ -262,10 +262,9 @@ class Worker:
                 self._serve_suspect()
                 if self._crew.waited_for > GIVE_BACK_AFTER:
                     self._give_back_waiting()
-                if time.monotonic() >= self._strays_at:
-                    self._give_back_strays()
-                if time.monotonic() >= self._take_over_at:
-                    self._take_over()
+                for at, act in self._agenda:
+                    if time.monotonic() >= at:
+                        act()
                 if self._is_through():
                     break
             except TROUBLE as error:
@@ -273,6 +272,12 @@ class Worker:
                 continue
             self._failures = 0
             self._wait()
+
+    @property
+    def _agenda(self) -> t.Iterable[tuple[float, t.Callable[[], None]]]:
+        """What else is to be done, and when."""
+        yield self._strays_at, self._give_back_strays
+        yield self._take_over_at, self._take_over
 
     def _is_through(self) -> bool:
         """Whether a burst has done what is due, also what dead workers left behind."""
@@ -485,7 +490,7 @@ class Worker:
         if self._stopping:
             until.append(self._grace_until)
         else:
-            until += [self._strays_at, self._take_over_at]
+            until += [at for at, _ in self._agenda]
             if self._suspect.waits:
                 until.append(self._suspect.until)
             elif not self._occupied and self._crew.wanted > 0:
