@@ -2,7 +2,7 @@
 PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || echo python3)
 RUN = .venv/bin/python -m
 # How many processes the tests run in. `make test JOBS=` runs them in one, as a debugger wants it.
-JOBS ?= --numprocesses 2
+JOBS ?= --numprocesses auto --maxprocesses 4
 
 .PHONY: help
 help: ## Show this help
@@ -17,29 +17,33 @@ shell: .venv/installed ## Open a shell with the package and a throw-away Postgre
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(RUN) tests.postgres -- bash --norc
 
 .PHONY: test
-test: .venv/installed ## Run the tests, with coverage (ARGS="-k name" picks some)
+test: .venv/installed ## Run the tests but the slow ones (ARGS="-k name" picks some)
+	@$(RUN) tests.postgres --fast -- $(RUN) pytest $(JOBS) -m "not slow" $(ARGS)
+
+.PHONY: test-all
+test-all: .venv/installed ## Run all tests, with coverage
 	@$(RUN) coverage erase
 	@$(RUN) tests.postgres --fast -- $(RUN) coverage run -m pytest $(JOBS) $(ARGS); status=$$?; \
 	$(RUN) coverage combine --quiet; $(RUN) coverage report; exit $$status
 
 .PHONY: test-psycopg
-test-psycopg: .venv/installed ## Run the tests with psycopg 3, on PostgreSQL 16
-	@TEST_DRIVER=psycopg $(RUN) tests.postgres --fast --version 16 -- $(RUN) pytest $(JOBS) $(ARGS)
+test-psycopg: .venv/installed ## Run them with psycopg 3, on PostgreSQL 16
+	@TEST_DRIVER=psycopg $(RUN) tests.postgres --fast --version 16 -- $(RUN) pytest $(JOBS) -m "not slow" $(ARGS)
 
 .PHONY: test-sqlalchemy20 test-lowest
-test-sqlalchemy20: ## Run the tests with SQLAlchemy 2.0
-test-lowest: ## Run the tests with the oldest releases that are supported
+test-sqlalchemy20: ## Run them with SQLAlchemy 2.0
+test-lowest: ## Run them with the oldest releases that are supported
 test-sqlalchemy20 test-lowest: test-%: .venv-%/installed
-	@.venv-$*/bin/python -m tests.postgres --fast -- .venv-$*/bin/python -m pytest $(JOBS) $(ARGS)
+	@.venv-$*/bin/python -m tests.postgres --fast -- .venv-$*/bin/python -m pytest $(JOBS) -m "not slow" $(ARGS)
 
 # PostgreSQL 15 is Debian's (postgresql-15), where PyPI has none.
 .PHONY: test-matrix
-test-matrix: .venv/installed .venv-sqlalchemy20/installed ## Run the tests on each PostgreSQL, SQLAlchemy and driver
+test-matrix: .venv/installed .venv-sqlalchemy20/installed ## Run them on each PostgreSQL, SQLAlchemy and driver
 	@failed=0; for version in 15 16 18; do for venv in .venv .venv-sqlalchemy20; do \
 	for driver in psycopg2 psycopg; do \
 		echo "PostgreSQL $$version, $$venv, $$driver"; \
 		TEST_DRIVER=$$driver $$venv/bin/python -m tests.postgres --fast --version $$version -- \
-			$$venv/bin/python -m pytest $(JOBS) --quiet -m "not browser" $(ARGS) || failed=1; \
+			$$venv/bin/python -m pytest $(JOBS) --quiet -m "not slow and not browser" $(ARGS) || failed=1; \
 	done; done; done; exit $$failed
 
 .PHONY: bench

@@ -10,7 +10,7 @@ from .chaos import trial
 from .chaos.ledger import Verdict, rate, recovered
 from .chaos.scenarios import SCENARIOS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def conduct(name: str, **env: str) -> Verdict:

@@ -106,6 +106,7 @@ def test_a_killed_workers_task_is_done_by_another(
     ]
 
 
+@pytest.mark.slow
 def test_of_twenty_tasks_the_one_that_kills_its_worker_fails_and_the_others_get_done(
     app: Flask, database_url: str, probe: Probe, processes: Processes
 ) -> None:
@@ -135,6 +136,8 @@ def test_of_twenty_tasks_the_one_that_kills_its_worker_fails_and_the_others_get_
     ]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_ten_workers_do_ten_thousand_tasks_once_each(
     app: Flask, database_url: str, processes: Processes
 ) -> None:
@@ -142,7 +145,7 @@ def test_ten_workers_do_ten_thousand_tasks_once_each(
     faults.nothing.enqueue_many({} for _ in range(1_000))
     faults.db.session.commit()
     worker = processes.flask("--app", APP, "bq", "worker", "--processes", "10", "--burst")
-    assert worker.wait() == 0
+    assert worker.wait(timeout=300) == 0
     assert sorted(map(int, effects(database_url))) == list(range(9_000))
     assert query(database_url, "SELECT state, max(claims), count(*) FROM bq_tasks GROUP BY 1") == [
         ("DONE", 1, 10_000)

@@ -113,6 +113,7 @@ def test_a_migration_has_all_that_the_tables_have(
         assert [ast.literal_eval(each) for each in found] == [where]
 
 
+@pytest.mark.slow
 def test_the_tables_go_up_and_down_and_up_again(
     make_flask: Callable[[str], Flask], database_url: str
 ) -> None:

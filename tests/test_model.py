@@ -303,17 +303,16 @@ def fine(before: State, step: Step, after: State) -> Any:
     return step.action, *rows
 
 
-FINE = [pytest.mark.slow, pytest.mark.timeout(600)]
+SLOW = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.mark.parametrize(
     ("processor", "kind"),
     [
         (WRITES, coarse),
-        (PLAIN, coarse),
-        (PARKS, coarse),
-        pytest.param(WRITES, fine, marks=FINE),
-        pytest.param(PLAIN, fine, marks=FINE),
+        pytest.param(PARKS, coarse, marks=SLOW),
+        pytest.param(WRITES, fine, marks=SLOW),
+        pytest.param(PLAIN, fine, marks=SLOW),
     ],
 )
 def test_the_package_does_what_the_model_does(

@@ -114,6 +114,7 @@ def test_the_commands_to_install_and_try_are_there() -> None:
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_the_tutorial_runs(app_py: Path, tmp_path: Path, database_url: str) -> None:
     create, save, start, fail, kill = blocks("sh", "Five minutes")
     [wrap] = blocks("python", "Five minutes")
