@@ -38,6 +38,9 @@ LIMITS = {
     "size": 1.0,
 }
 
+#: What they are called in the table, where their name does not say all.
+UNITS = {"memory": "memory (MB)", "dead": "dead rows", "size": "table and indexes (MB)"}
+
 
 @dataclasses.dataclass
 class Sample:
@@ -98,7 +101,11 @@ def growth(samples: list[Sample], name: str) -> tuple[float, float]:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--minutes", type=float, default=20.0, show_default=True, help="For how long.")
-@click.option("--output", type=click.Path(path_type=Path), help="Write the samples as JSON, too.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Write the samples to a JSON file, and the table beside it.",
+)
 def main(minutes: float, output: Path | None) -> None:
     """Let a worker work at full speed, and see whether its memory, its threads, files and
     connections, and the dead rows of its table stay as they are.
@@ -130,18 +137,23 @@ def main(minutes: float, output: Path | None) -> None:
             system.close()
         ledger = Ledger(address, Path(folder))
         lost, doubled = ledger.lost(), ledger.doubled()
-    if output is not None:
-        output.write_text(json.dumps([dataclasses.asdict(each) for each in samples], indent=1))
+    lines = ["| what | early | late | |", "| --- | ---: | ---: | --- |"]
     grown = []
     for name, limit in LIMITS.items():
         early, late = growth(samples, name)
         fine = late <= early * (1 + limit)
         grown += [] if fine else [name]
-        click.echo(f"{name:12} {early:12,.1f} {late:12,.1f}   {'flat' if fine else 'GROWS'}")
-    click.echo(
+        label = UNITS.get(name, name)
+        lines.append(f"| {label} | {early:,.0f} | {late:,.0f} | {'flat' if fine else 'grows'} |")
+    lines += [
+        "",
         f"{samples[-1].done:,} tasks in {minutes:g} minutes, {lost} lost, {doubled} doubled;"
-        f" the worker left with {code}"
-    )
+        f" the worker left with {code}.",
+    ]
+    click.echo("\n".join(lines))
+    if output is not None:
+        output.write_text(json.dumps([dataclasses.asdict(each) for each in samples], indent=1))
+        output.with_suffix(".md").write_text("\n".join(lines) + "\n")
     sys.exit(1 if grown or code or lost or doubled else 0)
 
 
