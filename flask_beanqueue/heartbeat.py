@@ -19,7 +19,7 @@ from .queries import Queries
 class Heartbeat(threading.Thread):
     """A thread with a connection of its own, so that nothing that tasks do can hold it up.
 
-    :param on_death: called when the worker finds itself declared dead.
+    :param on_death: called when the worker finds itself declared dead, unless it leaves.
     :param on_burial: called when it has declared others dead.
     """
 
@@ -53,8 +53,12 @@ class Heartbeat(threading.Thread):
         try:
             self._keep_beating()
         except BaseException:  # of whatever kind: the others take it for dead
-            self._on_death()
+            self._tell_of_death()
             raise
+
+    def _tell_of_death(self) -> None:
+        if not self._stopped.is_set():  # a beat that hung comes after the goodbye, and finds nobody
+            self._on_death()
 
     def _keep_beating(self) -> None:
         failing = False
@@ -63,7 +67,7 @@ class Heartbeat(threading.Thread):
         while True:
             try:
                 if not self.beat():
-                    self._on_death()
+                    self._tell_of_death()
                     break
                 failing = False
             except Exception as error:  # whatever it is: without heartbeats the worker is dead

@@ -188,3 +188,24 @@ def test_a_worker_whose_heartbeat_has_ended_is_told(
     heartbeat.start()
     assert told.wait(30)
     heartbeat.stop()
+
+
+def test_a_worker_that_leaves_while_a_beat_hangs_has_not_died(
+    make_heartbeat: MakeHeartbeat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The beat comes after the goodbye, and finds nobody of that id at work."""
+    deaths: list[str] = []
+    beating = threading.Event()
+    heartbeat = make_heartbeat(lambda: deaths.append("told"))
+
+    def late() -> bool:
+        beating.set()
+        assert heartbeat._stopped.wait(30)
+        return False
+
+    monkeypatch.setattr(heartbeat, "beat", late)
+    heartbeat.start()
+    assert beating.wait(30)
+    heartbeat.stop()
+    assert not heartbeat.is_alive()
+    assert deaths == []
