@@ -13,7 +13,7 @@ from sqlalchemy.engine import Connection, Engine
 from .config import Config
 from .connection import Line
 from .log import log, reason
-from .queries import Queries
+from .queries import Queries, Silent
 
 
 class Heartbeat(threading.Thread):
@@ -43,6 +43,9 @@ class Heartbeat(threading.Thread):
         self._stopped = threading.Event()
         self._last_beat = time.monotonic()
         self._modest_until = 0.0
+        #: Who was silent when it looked last, and since when by its own clock. The database's may
+        #: be set forward or back, which is nobody's death.
+        self._silent: dict[Silent, float] = {}
         self._next_termination = 0.0
 
     def stop(self) -> None:
@@ -62,8 +65,6 @@ class Heartbeat(threading.Thread):
 
     def _keep_beating(self) -> None:
         failing = False
-        # An outage may have just ended, and everybody else be still on the way back.
-        self._modest_until = time.monotonic() + self._config.WORKER_HEARTBEAT_PERIOD
         while True:
             try:
                 if not self.beat():
@@ -84,22 +85,37 @@ class Heartbeat(threading.Thread):
         """Beat once, and bury who is silent; False if this worker has been buried itself."""
         connection = self.line.connection
         timeout = self._config.WORKER_HEARTBEAT_TIMEOUT
+        patience = timeout / 2
         now = time.monotonic()
-        if now - self._last_beat > timeout / 2:
+        if now - self._last_beat > self._config.WORKER_HEARTBEAT_PERIOD + timeout / 4:
             # The database was out of reach, perhaps for all workers: let the others beat first.
-            self._modest_until = now + timeout
-        alive, buried = self._queries.beat(
-            connection, self._worker_id, timeout, bury=now >= self._modest_until
-        )
+            self._silent.clear()
+            self._modest_until = now + patience
+        alive, silent = self._queries.beat(connection, self._worker_id, patience)
         self._last_beat = now
-        for worker_id, name in buried:
-            log.warning("Worker %s (%s) sent no heartbeat for %g s", name, worker_id, timeout)
+        since = max(now, self._modest_until)
+        self._silent = {each: self._silent.get(each, since) for each in silent}
+        dead = [each for each, at in self._silent.items() if now - at >= patience]
+        buried = self._bury(connection, dead) if alive and dead else False
         if buried or now >= self._next_termination:
             self._next_termination = now + timeout
             self._terminate(connection)
         if buried:
             self._on_burial()
         return alive
+
+    def _bury(self, connection: Connection, dead: list[Silent]) -> bool:
+        """Declare workers dead, unless another one does so; tell whether there were any."""
+        buried = self._queries.bury_silent(connection, dead)
+        for each in dead:
+            if each.id in buried:
+                log.warning(
+                    "Worker %s (%s) sent no heartbeat for %g s",
+                    each.name,
+                    each.id,
+                    self._config.WORKER_HEARTBEAT_TIMEOUT,
+                )
+        return bool(buried)
 
     def _terminate(self, connection: Connection) -> None:
         """End the backends of dead workers, and with them their locks."""

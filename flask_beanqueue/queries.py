@@ -20,6 +20,15 @@ from .models import Models
 NOTIFY = "SELECT pg_notify(%(name)s, '')"
 
 
+class Silent(t.NamedTuple):
+    """A worker that has not beaten for a while."""
+
+    id: uuid.UUID
+    name: str
+    #: Its last heartbeat, as PostgreSQL writes the time.
+    beat: str
+
+
 class Queries:
     """The statements for one set of models."""
 
@@ -289,22 +298,32 @@ class Queries:
         """)
 
         # The heartbeat, and with it the search for those who have none: one statement in
-        # autocommit, so that a worker that freezes in it holds no lock afterwards.
+        # autocommit, so that a worker that freezes in it holds no lock afterwards. A heartbeat that
+        # is yet to come is none: the database's clock has been set back.
         self._beat = self._text("""
             WITH beat AS (
                 UPDATE {workers} SET last_heartbeat = now()
                 WHERE id = :id AND state = 'RUNNING' RETURNING id
-            ), buried AS (
-                UPDATE {workers} SET state = 'NO_HEARTBEAT'
-                WHERE id IN (
-                    SELECT id FROM {workers}
-                    WHERE :bury AND state = 'RUNNING' AND id <> :id
-                      AND last_heartbeat < now() - CAST(:timeout AS float8) * interval '1 second'
-                    FOR NO KEY UPDATE SKIP LOCKED)
-                RETURNING id, name
+            ), patience AS (
+                SELECT CAST(:patience AS float8) * interval '1 second' AS patience
             )
-            SELECT true AS own, id, '' AS name FROM beat
-            UNION ALL SELECT false, id, name FROM buried
+            SELECT true AS own, id, '' AS name, '' AS beat FROM beat
+            UNION ALL
+            SELECT false, id, name, CAST(last_heartbeat AS text) FROM {workers}, patience
+            WHERE state = 'RUNNING' AND id <> :id
+              AND last_heartbeat NOT BETWEEN now() - patience AND now() + patience
+        """).columns(id=postgresql.UUID(as_uuid=True))
+
+        # For those who have not beaten since. SKIP LOCKED: another worker may be about it.
+        self._bury_silent = self._text("""
+            UPDATE {workers} SET state = 'NO_HEARTBEAT'
+            WHERE id IN (
+                SELECT w.id FROM {workers} AS w
+                JOIN unnest(CAST(:ids AS uuid[]), CAST(:beats AS text[])) AS silent (id, beat)
+                    ON w.id = silent.id AND CAST(w.last_heartbeat AS text) = silent.beat
+                WHERE w.state = 'RUNNING'
+                FOR NO KEY UPDATE OF w SKIP LOCKED)
+            RETURNING id
         """).columns(id=postgresql.UUID(as_uuid=True))
 
         # For those of which it is known.
@@ -548,17 +567,20 @@ class Queries:
         )
 
     def beat(
-        self, connection: Connection, worker_id: uuid.UUID, timeout: float, *, bury: bool
-    ) -> tuple[bool, list[tuple[uuid.UUID, str]]]:
-        """Tell that a worker lives, and declare those dead that were silent for ``timeout``
-        seconds.
+        self, connection: Connection, worker_id: uuid.UUID, patience: float
+    ) -> tuple[bool, list[Silent]]:
+        """Tell that a worker lives, and ask which others did not tell so for ``patience`` seconds.
 
-        :return: whether the worker itself still counts as alive; ids and names of the dead.
+        :return: whether the worker itself still counts as alive; the others.
         """
-        rows = connection.execute(
-            self._beat, {"id": worker_id, "timeout": timeout, "bury": bury}
-        ).all()
-        return any(row.own for row in rows), [(row.id, row.name) for row in rows if not row.own]
+        rows = connection.execute(self._beat, {"id": worker_id, "patience": patience}).all()
+        silent = [Silent(row.id, row.name, row.beat) for row in rows if not row.own]
+        return len(silent) < len(rows), silent
+
+    def bury_silent(self, connection: Connection, silent: t.Sequence[Silent]) -> set[uuid.UUID]:
+        """Declare workers dead that have not beaten since, and return their ids."""
+        ids, beats = [each.id for each in silent], [each.beat for each in silent]
+        return set(connection.scalars(self._bury_silent, {"ids": ids, "beats": beats}))
 
     def bury(self, connection: Connection, worker_ids: t.Iterable[uuid.UUID]) -> None:
         """Declare workers dead whose processes have ended, unless they left in order."""

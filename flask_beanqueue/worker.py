@@ -542,7 +542,7 @@ class Worker:
         """Tell the others that this worker lives, and see what has become of its claims."""
         timeout = self.config.WORKER_HEARTBEAT_TIMEOUT
         connection = self._line.connection
-        alive, _ = self.queue.queries.beat(connection, self.id, timeout, bury=False)
+        alive, _ = self.queue.queries.beat(connection, self.id, timeout)
         if not alive and not self._stopping:
             self._die()
         self._give_back_strays()

@@ -327,7 +327,7 @@ class Replay:
 
     def come_back(self, w: Worker, _: None) -> None:
         w.line.close()
-        self._queries.beat(w.line.connection, w.id, TIMEOUT, bury=False)
+        self._queries.beat(w.line.connection, w.id, TIMEOUT)
         self.give_back_strays(w, _)
 
     def give_back_strays(self, w: Worker, _: None) -> None:
@@ -392,8 +392,9 @@ class Replay:
         for worker_id in dead:
             long_ago = "UPDATE bq_workers SET last_heartbeat = '2000-01-01' WHERE id = :id"
             self._sql(long_ago, id=worker_id)
-        _, buried = self._queries.beat(self._control, w.id, TIMEOUT, bury=bool(dead))
-        assert [worker_id for worker_id, _ in buried] == dead
+        _, silent = self._queries.beat(self._control, w.id, TIMEOUT)
+        assert [each.id for each in silent] == dead
+        assert self._queries.bury_silent(self._control, silent) == set(dead)
 
     def terminate(self, w: Worker, _: None) -> None:
         self._queries.terminate(self._control)

@@ -53,12 +53,42 @@ def make_heartbeat(app: Flask, bq: BeanQueue, buried: list[Heartbeat]) -> Iterat
         heartbeat.line.close()
 
 
-def fall_silent(db: SQLAlchemy, bq: BeanQueue, seconds: int) -> None:
-    db.session.execute(
-        sa.update(bq.Worker).values(
-            last_heartbeat=sa.func.now() - sa.cast(f"{seconds} seconds", sa.Interval)
-        )
-    )
+class Clock:
+    """The heartbeats' own clock."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("flask_beanqueue.heartbeat.time", clock)
+    return clock
+
+
+def beat(clock: Clock, seconds: int, *living: Heartbeat) -> list[bool]:
+    """Let time pass in which some beat, and return what their last beats told."""
+    assert seconds % 4 == 0
+    alive = []
+    for _ in range(seconds // 4):
+        clock.now += 4
+        alive = [heartbeat.beat() for heartbeat in living]
+    return alive
+
+
+@pytest.fixture
+def app_context(app: Flask) -> Iterator[None]:
+    with app.app_context():
+        yield
+
+
+def set_heartbeats(db: SQLAlchemy, bq: BeanQueue, offset: str) -> None:
+    """Let the last heartbeats be so far from now; to set the clock would come to the same."""
+    last = sa.func.now() + sa.cast(offset, sa.Interval)
+    db.session.execute(sa.update(bq.Worker).values(last_heartbeat=last))
     db.session.commit()
 
 
@@ -67,64 +97,74 @@ def states(db: SQLAlchemy, bq: BeanQueue) -> list[str]:
     return sorted(db.session.scalars(sa.select(bq.Worker.state)))
 
 
+@pytest.mark.usefixtures("app_context")
 def test_a_beat_declares_silent_workers_dead(
-    app: Flask,
     db: SQLAlchemy,
     bq: BeanQueue,
     make_heartbeat: MakeHeartbeat,
     buried: list[Heartbeat],
+    clock: Clock,
 ) -> None:
-    with app.app_context():
-        first, second = make_heartbeat(), make_heartbeat()
-        assert first.beat()
-        assert (states(db, bq), buried) == (["RUNNING", "RUNNING"], [])
-        fall_silent(db, bq, 31)
-        assert first.beat()
-        assert (states(db, bq), buried) == (["NO_HEARTBEAT", "RUNNING"], [first])
-        assert not second.beat()
-        assert first.beat()
-        assert buried == [first]
+    first, second = make_heartbeat(), make_heartbeat()
+    assert first.beat()
+    set_heartbeats(db, bq, "-9 seconds")
+    assert beat(clock, 20, first) == [True]
+    assert (states(db, bq), buried) == (["RUNNING", "RUNNING"], [])
+    set_heartbeats(db, bq, "-11 seconds")
+    assert beat(clock, 12, first) == [True]
+    assert (states(db, bq), buried) == (["RUNNING", "RUNNING"], [])
+    assert beat(clock, 4, first) == [True]
+    assert (states(db, bq), buried) == (["NO_HEARTBEAT", "RUNNING"], [first])
+    assert not second.beat()
+    assert beat(clock, 40, first) == [True]
+    assert buried == [first]
 
 
+@pytest.mark.usefixtures("app_context")
+@pytest.mark.parametrize("offset", ["-1 hour", "1 hour", "-infinity", "infinity"])
+def test_a_clock_that_is_set_kills_nobody_and_keeps_nobody_alive(
+    db: SQLAlchemy, bq: BeanQueue, make_heartbeat: MakeHeartbeat, clock: Clock, offset: str
+) -> None:
+    """The database's clock, that is: forward or back."""
+    if offset.endswith("infinity") and db.session.scalar(sa.text("SHOW server_version_num")) < "17":
+        pytest.skip("There are no infinite intervals.")
+    first, second, _ = make_heartbeat(), make_heartbeat(), make_heartbeat()
+    assert beat(clock, 4, first, second) == [True, True]
+    set_heartbeats(db, bq, offset)
+    assert beat(clock, 12, first, second) == [True, True]
+    assert states(db, bq) == ["RUNNING", "RUNNING", "RUNNING"]
+    assert beat(clock, 4, first, second) == [True, True]
+    assert states(db, bq) == ["NO_HEARTBEAT", "RUNNING", "RUNNING"]
+
+
+@pytest.mark.usefixtures("app_context")
 def test_after_an_outage_the_first_to_come_back_lets_the_others_beat(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, make_heartbeat: MakeHeartbeat
+    db: SQLAlchemy, bq: BeanQueue, make_heartbeat: MakeHeartbeat, clock: Clock
 ) -> None:
     """The database was away for all of them, and none is dead."""
-    with app.app_context():
-        first, second = make_heartbeat(), make_heartbeat()
-        assert first.beat()
-        fall_silent(db, bq, 60)
-        first._last_beat -= 60
-        assert first.beat()
-        assert states(db, bq) == ["RUNNING", "RUNNING"]
-        assert second.beat()
+    first, second = make_heartbeat(), make_heartbeat()
+    set_heartbeats(db, bq, "-11 seconds")
+    assert beat(clock, 4, first) == [True]
+    clock.now += 60
+    set_heartbeats(db, bq, "-71 seconds")
+    assert beat(clock, 20, first) == [True]
+    assert states(db, bq) == ["RUNNING", "RUNNING"]
+    assert second.beat()
 
 
+@pytest.mark.usefixtures("app_context")
 def test_a_worker_that_starts_lets_the_others_beat_before_it_declares_any_dead(
-    app: Flask,
-    db: SQLAlchemy,
-    bq: BeanQueue,
-    make_heartbeat: MakeHeartbeat,
-    monkeypatch: pytest.MonkeyPatch,
+    db: SQLAlchemy, bq: BeanQueue, make_heartbeat: MakeHeartbeat, clock: Clock
 ) -> None:
     """It may be the first to start after an outage that the others have survived."""
-    beaten = threading.Event()
-    beat = bq.queries.beat
-
-    def tell(*args: Any, **kwargs: Any) -> Any:
-        answer = beat(*args, **kwargs)
-        beaten.set()
-        return answer
-
-    with app.app_context():
-        first, second = make_heartbeat(), make_heartbeat()
-        fall_silent(db, bq, 60)
-        monkeypatch.setattr(bq.queries, "beat", tell)
-        first.start()  # it beats at once, and then after the heartbeat period
-        assert beaten.wait(60)
-        assert states(db, bq) == ["RUNNING", "RUNNING"]
-        assert second.beat()
-        first.stop()
+    first, second = make_heartbeat(), make_heartbeat()
+    set_heartbeats(db, bq, "-1 minute")
+    assert first.beat()
+    assert beat(clock, 8, first) == [True]
+    assert states(db, bq) == ["RUNNING", "RUNNING"]
+    assert second.beat()
+    assert beat(clock, 20, first) == [True]
+    assert states(db, bq) == ["RUNNING", "RUNNING"]
 
 
 def test_a_refused_end_of_backends_keeps_nobody_from_being_declared_dead(
@@ -135,6 +175,7 @@ def test_a_refused_end_of_backends_keeps_nobody_from_being_declared_dead(
     buried: list[Heartbeat],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    clock: Clock,
 ) -> None:
     def refuse(connection: Any) -> int:
         raise sa.exc.ProgrammingError("SELECT", {}, Exception("permission denied for function"))
@@ -142,8 +183,8 @@ def test_a_refused_end_of_backends_keeps_nobody_from_being_declared_dead(
     monkeypatch.setattr(bq.queries, "terminate", refuse)
     with app.app_context():
         first, _ = make_heartbeat(), make_heartbeat()
-        fall_silent(db, bq, 31)
-        assert first.beat()
+        set_heartbeats(db, bq, "-31 seconds")
+        assert beat(clock, 16, first) == [True]
         assert (states(db, bq), buried) == (["NO_HEARTBEAT", "RUNNING"], [first])
     assert "cannot be ended: permission denied" in caplog.text
 
