@@ -38,6 +38,8 @@ LIMITS = {
     "size": 1.0,
 }
 
+#: Minutes of which the table's first and last tenth tell something.
+ENOUGH = 20.0
 #: What they are called in the table, where their name does not say all.
 UNITS = {"memory": "memory (MB)", "dead": "dead rows", "size": "table and indexes (MB)"}
 
@@ -100,7 +102,7 @@ def growth(samples: list[Sample], name: str) -> tuple[float, float]:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--minutes", type=float, default=20.0, show_default=True, help="For how long.")
+@click.option("--minutes", type=float, default=ENOUGH, show_default=True, help="For how long.")
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
@@ -112,7 +114,7 @@ def main(minutes: float, output: Path | None) -> None:
 
     A shop sells as fast as the worker works. Rows of tasks that are done are deleted after a
     minute. The exit code is 1 if something has grown from the second tenth of the time to the last,
-    so less than 20 minutes tell little of what vacuum sees to.
+    so fewer than 20 minutes tell little of what vacuum sees to.
     """
     with postgres.running() as server, tempfile.TemporaryDirectory(prefix="soak-") as folder:
         address = dsn(server.url)
@@ -150,6 +152,10 @@ def main(minutes: float, output: Path | None) -> None:
         f"{samples[-1].done:,} tasks in {minutes:g} minutes, {lost} lost, {doubled} doubled;"
         f" the worker left with {code}.",
     ]
+    if grown and minutes < ENOUGH:
+        lines.append(
+            f"Fewer than {ENOUGH:g} minutes tell nothing of what grows until vacuum comes."
+        )
     click.echo("\n".join(lines))
     if output is not None:
         output.write_text(json.dumps([dataclasses.asdict(each) for each in samples], indent=1))
