@@ -24,6 +24,8 @@ STEADY = 5.0
 ATTEMPTS = 3
 #: Seconds before each start while processes end early one after the other.
 PAUSE = 1.0
+#: How many predecessors a process is told of.
+REMEMBERED = 100
 
 
 class Place(t.NamedTuple):
@@ -34,7 +36,8 @@ class Place(t.NamedTuple):
     #: What the database is to call its worker.
     worker_id: uuid.UUID
     #: Those that had the place before it, and did not leave in order. Nobody knows it sooner than
-    #: their parent: they need not be waited for until their heartbeats are missed.
+    #: their parent: they need not be waited for until their heartbeats are missed. Who came next
+    #: may have died before it could say so of those before it, so it is said again.
     predecessors: tuple[uuid.UUID, ...]
 
 
@@ -73,7 +76,7 @@ class Supervisor:
         #: The numbers of processes that are to be started, and when.
         self._vacant = dict.fromkeys(range(processes), 0.0)
         self._children: dict[int, tuple[Place, float]] = {}
-        #: By number, the workers that have died there since one last got on.
+        #: By number, the workers that were there.
         self._dead: dict[int, tuple[uuid.UUID, ...]] = dict.fromkeys(range(processes), ())
         self._lifeline = os.pipe()
         self._failures = 0
@@ -145,7 +148,7 @@ class Supervisor:
             self._relay.stop()
             return
         log.error("Worker process %d (%d) %s; a new one takes its place", number + 1, pid, how)
-        self._dead[number] = (*(place.predecessors if early else ()), place.worker_id)
+        self._dead[number] = (*place.predecessors, place.worker_id)[-REMEMBERED:]
         at = time.monotonic()
         if self._early > 1:  # one after the other: N at a time would be given up too soon
             at = max([at, *self._vacant.values()]) + PAUSE

@@ -474,6 +474,36 @@ def test_the_tasks_of_a_process_that_dies_wait_for_no_heartbeat(
     assert supervisor.stop() == 0
 
 
+def test_a_process_declares_all_dead_that_had_its_place(
+    app: Flask, database_url: str, probe: Probe, processes: Processes
+) -> None:
+    """The second one was killed before it could do so."""
+    settings = {"BQ_WORKER_HEARTBEAT_PERIOD": 100, "BQ_WORKER_HEARTBEAT_TIMEOUT": 1000}
+    supervisor = processes.worker(APP, "--processes", "2", **settings)
+    waits = (
+        "SELECT replace(application_name, 'beanqueue ', ''), pid FROM pg_stat_activity"
+        " WHERE wait_event_type = 'Lock' AND application_name LIKE 'beanqueue %'"
+        " AND datname = current_database()"
+    )
+    [(first, name)] = query(database_url, "SELECT id::text, name FROM bq_workers LIMIT 1")
+    before = set(psutil.Process(supervisor.pid).children())
+    with contextlib.closing(connect(database_url)) as connection:
+        connection.autocommit = False
+        connection.cursor().execute("SELECT FROM bq_workers WHERE id = %s FOR UPDATE", (first,))
+        os.kill(int(name.rpartition("-")[2]), signal.SIGKILL)
+        wait_until(lambda: query(database_url, waits))
+        [(second, backend)] = query(database_url, waits)
+        [child] = set(psutil.Process(supervisor.pid).children()) - before
+        child.kill()
+        supervisor.wait_line("was ended by signal 9", times=2)
+        # It has gone, but what it sent would still be done.
+        query(database_url, "SELECT pg_terminate_backend(%s)", backend)
+    supervisor.wait_line(READY, times=3)
+    dead = query(database_url, "SELECT id::text FROM bq_workers WHERE state = 'NO_HEARTBEAT'")
+    assert {worker_id for (worker_id,) in dead} == {first, second}
+    assert supervisor.stop() == 0
+
+
 def test_a_forked_child_of_a_processor_is_no_worker(
     app: Flask, database_url: str, probe: Probe, processes: Processes
 ) -> None:
@@ -583,6 +613,51 @@ def test_a_process_that_is_killed_as_it_starts_is_replaced_after_a_pause(
     supervisor = processes.python("-c", KILLED_AT_START)
     assert supervisor.wait() == 0
     assert 1 <= supervisor.output.count("was ended by signal 9; a new one takes its place") <= 5
+
+
+#: A supervisor of processes that are soon taken for well started.
+SUPERVISOR = """
+import os, signal, time
+from flask_beanqueue import supervisor
+
+supervisor.STEADY, supervisor.PAUSE = 0.2, 0.01
+{start}
+code = supervisor.Supervisor(start, {number}, replaces=False).run()
+{after}
+raise SystemExit(code)
+"""
+
+
+def supervise(processes: Processes, number: int, start: str, after: str = "") -> Process:
+    """Start a supervisor.
+
+    :param start: source of what a process does.
+    :param after: what is done when all have left.
+    """
+    source = SUPERVISOR.format(number=number, start=start, after=after)
+    return processes.python("-c", source)
+
+
+def test_a_process_knows_the_last_that_had_its_place_however_long_they_lived(
+    processes: Processes,
+) -> None:
+    """One that waited for a connection all its life has buried nobody."""
+    start = """
+supervisor.REMEMBERED = 3
+starts = os.memfd_create("starts")
+
+def start(place):
+    os.write(starts, b".")
+    number = os.fstat(starts).st_size
+    print(place.worker_id, "follows", *place.predecessors)
+    time.sleep(number % 2 * supervisor.STEADY)
+    return 1 if number < 6 else 0
+"""
+    supervisor = supervise(processes, 1, start)
+    assert supervisor.wait() == 0
+    lines = [line.split() for line in supervisor.output.splitlines() if "follows" in line]
+    ids = [line[0] for line in lines]
+    assert [line[2:] for line in lines] == [ids[max(0, n - 3) : n] for n in range(6)]
 
 
 def test_processes_that_cannot_start_are_given_up(
