@@ -20,7 +20,7 @@ from .shutdown import Relay, end_on_signals
 
 #: Seconds after which a process counts as well started.
 STEADY = 5.0
-#: Processes that may fail to start in a row, for each that there should be.
+#: How often in a row a place's processes fail to start until it counts as one where none can.
 ATTEMPTS = 3
 #: Seconds before each start while processes end early one after the other.
 PAUSE = 1.0
@@ -69,7 +69,6 @@ class Supervisor:
         source: Source | None = None,
     ) -> None:
         self._start = start
-        self._processes = processes
         self._replaces = replaces
         self._source = source
         self._bell = Bell()
@@ -78,8 +77,9 @@ class Supervisor:
         self._children: dict[int, tuple[Place, float]] = {}
         #: By number, the workers that were there.
         self._dead: dict[int, tuple[uuid.UUID, ...]] = dict.fromkeys(range(processes), ())
+        #: By number, while there is to be a process: how many in a row have failed to start there.
+        self._failures = dict.fromkeys(range(processes), 0)
         self._lifeline = os.pipe()
-        self._failures = 0
         self._early = 0
         self._relay = Relay(self._children)
         self._failed = False
@@ -134,15 +134,18 @@ class Supervisor:
         if self._relay.stopping:
             self._failed |= code != 0
             return
+        number = place.number
         if code == 0 and not self._replaces:
+            del self._failures[number]
             return
         how = f"was ended by signal {-code}" if code < 0 else f"left with exit code {code}"
         early = lived < STEADY
         self._early = self._early + 1 if early else 0
-        if code >= 0:  # who is killed may have started well: a task may have done it
-            self._failures = self._failures + 1 if early and code else 0
-        number = place.number
-        if self._failures >= ATTEMPTS * self._processes:
+        if not early or code == 0:
+            self._failures[number] = 0
+        elif code > 0:  # who is killed may have started well: a task may have done it
+            self._failures[number] += 1
+        if self._none_can_start():
             log.error("Worker process %d (%d) %s; none can start: giving up", number + 1, pid, how)
             self._failed = True
             self._relay.stop()
@@ -153,6 +156,12 @@ class Supervisor:
         if self._early > 1:  # one after the other: N at a time would be given up too soon
             at = max([at, *self._vacant.values()]) + PAUSE
         self._vacant[number] = at
+
+    def _none_can_start(self) -> bool:
+        """Whether all places fail, and no process is left that works."""
+        at = time.monotonic() - STEADY
+        works = any(since <= at for _, since in self._children.values())
+        return not works and min(self._failures.values()) >= ATTEMPTS
 
     def _fill(self) -> None:
         """Start the processes that are to be started by now."""

@@ -660,6 +660,51 @@ def start(place):
     assert [line[2:] for line in lines] == [ids[max(0, n - 3) : n] for n in range(6)]
 
 
+def test_a_process_that_works_goes_on_although_another_one_cannot_start(
+    processes: Processes,
+) -> None:
+    """The first one starts at its fourth attempt; the second one, which has lived meanwhile, never
+    starts again."""
+    start = """
+steady = os.pipe()
+
+def start(place):
+    tries = len(place.predecessors)
+    if place.number == 0 and tries == supervisor.ATTEMPTS:
+        time.sleep(supervisor.STEADY)
+        os.write(steady[1], b".")
+        while True:
+            signal.pause()
+    if place.number == 1 and tries == 0:
+        os.read(steady[0], 1)
+    return 1
+"""
+    supervisor = supervise(processes, 2, start)
+    supervisor.wait_line("Worker process 2 ", times=10)
+    assert supervisor.stop() == 0
+    assert "giving up" not in supervisor.output
+
+
+def test_a_process_that_has_worked_has_as_many_attempts_again(processes: Processes) -> None:
+    start = """
+def start(place):
+    tries = len(place.predecessors)
+    if tries % 3 == 2:
+        time.sleep(supervisor.STEADY)
+    return 1 if tries < 7 else 0
+"""
+    assert supervise(processes, 1, start).wait() == 0
+
+
+def test_a_process_that_is_through_does_not_keep_others_from_being_given_up(
+    processes: Processes,
+) -> None:
+    supervisor = supervise(processes, 2, "def start(place): return place.number")
+    assert supervisor.wait() == 1
+    supervisor.wait_line("Worker process 2 ", times=3)
+    supervisor.wait_line("giving up")
+
+
 def test_processes_that_cannot_start_are_given_up(
     app: Flask, database_url: str, processes: Processes
 ) -> None:
