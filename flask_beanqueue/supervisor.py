@@ -22,7 +22,7 @@ from .shutdown import Relay, end_on_signals
 STEADY = 5.0
 #: How often in a row a place's processes fail to start until it counts as one where none can.
 ATTEMPTS = 3
-#: Seconds before each start while processes end early one after the other.
+#: Seconds before each start while processes end early one after the other, or cannot be forked.
 PAUSE = 1.0
 #: How many predecessors a process is told of.
 REMEMBERED = 100
@@ -175,7 +175,15 @@ class Supervisor:
             if self._relay.stopping:
                 return
             flush()  # or the child would have it, too
-            pid = os.fork()
+            try:
+                pid = os.fork()
+            except OSError as error:  # there may be processes or memory again
+                number = place.number
+                log.error(
+                    "Worker process %d cannot be started, and is tried again: %s", number + 1, error
+                )
+                self._vacant[number] = time.monotonic() + PAUSE
+                return
             if pid == 0:
                 self._run_child(place, mask)
             self._children[pid] = place, time.monotonic()

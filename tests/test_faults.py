@@ -617,7 +617,7 @@ def test_a_process_that_is_killed_as_it_starts_is_replaced_after_a_pause(
 
 #: A supervisor of processes that are soon taken for well started.
 SUPERVISOR = """
-import os, signal, time
+import itertools, os, signal, time
 from flask_beanqueue import supervisor
 
 supervisor.STEADY, supervisor.PAUSE = 0.2, 0.01
@@ -703,6 +703,27 @@ def test_a_process_that_is_through_does_not_keep_others_from_being_given_up(
     assert supervisor.wait() == 1
     supervisor.wait_line("Worker process 2 ", times=3)
     supervisor.wait_line("giving up")
+
+
+def test_a_process_that_cannot_be_forked_is_tried_again(processes: Processes) -> None:
+    start = """
+fork, calls = os.fork, itertools.count()
+
+def seldom():
+    if next(calls) == 1:
+        raise BlockingIOError("no process left")
+    return fork()
+
+os.fork = seldom
+
+def start(place):
+    print("started", place.number)
+    return 0
+"""
+    supervisor = supervise(processes, 2, start)
+    assert supervisor.wait() == 0
+    supervisor.wait_line("Worker process 2 cannot be started, and is tried again: no process left")
+    supervisor.wait_line("started 1")
 
 
 def test_processes_that_cannot_start_are_given_up(
