@@ -121,11 +121,9 @@ class Supervisor:
         return max(at - time.monotonic(), 0.0)
 
     def _reap(self) -> None:
-        while self._children:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if pid == 0:
-                break
-            if pid in self._children:
+        for pid in list(self._children):  # and no others, which are the app's
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
                 place, since = self._children.pop(pid)
                 self._ended(place, pid, time.monotonic() - since, os.waitstatus_to_exitcode(status))
 

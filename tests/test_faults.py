@@ -726,6 +726,20 @@ def start(place):
     supervisor.wait_line("started 1")
 
 
+def test_a_child_that_the_app_has_made_is_left_to_the_app(processes: Processes) -> None:
+    start = """
+child = os.fork()
+if child == 0:
+    os._exit(7)
+os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+
+def start(place):
+    return 0
+"""
+    after = "code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])"
+    assert supervise(processes, 1, start, after).wait() == 7
+
+
 def test_processes_that_cannot_start_are_given_up(
     app: Flask, database_url: str, processes: Processes
 ) -> None:
