@@ -8,6 +8,7 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -501,6 +502,28 @@ def test_a_process_declares_all_dead_that_had_its_place(
     supervisor.wait_line(READY, times=3)
     dead = query(database_url, "SELECT id::text FROM bq_workers WHERE state = 'NO_HEARTBEAT'")
     assert {worker_id for (worker_id,) in dead} == {first, second}
+    assert supervisor.stop() == 0
+
+
+def test_connections_that_the_app_has_before_the_fork_stay_with_the_first_process(
+    app: Flask, database_url: str, probe: Probe, processes: Processes, tmp_path: Path
+) -> None:
+    path = tmp_path / "connected.py"
+    path.write_text(
+        """
+import sqlalchemy as sa
+from tests.apps.faults import create_app, db
+
+app = create_app()
+with app.app_context():
+    db.session.execute(sa.text("SET application_name = 'the factory'"))
+    db.session.commit()
+"""
+    )
+    supervisor = processes.worker(str(path), "--processes", "2", "--concurrency", "1")
+    wake_each(probe, 2)
+    factory = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'the factory'"
+    assert query(database_url, factory) == [(1,)]
     assert supervisor.stop() == 0
 
 
