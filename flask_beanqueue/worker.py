@@ -21,7 +21,7 @@ from . import signals
 from .bell import Bell
 from .claim import Claim
 from .claimer import Claimer
-from .config import Config
+from .config import PREFIX, Config, ConfigError
 from .connection import Line, named
 from .crew import Crew
 from .errors import TROUBLE
@@ -558,10 +558,18 @@ class Worker:
 
 
 def make_listen_engine(engine: Engine, config: Config) -> Engine:
-    """An engine for LISTEN: the app's, unless it has an address of its own."""
+    """An engine for LISTEN: the app's, unless it has an address of its own.
+
+    :raises ConfigError: if the address's driver is not there; none but a worker needs it.
+    """
     if config.LISTEN_DATABASE_URL is None:
         return engine
-    return sa.create_engine(config.LISTEN_DATABASE_URL, poolclass=sa.NullPool)
+    try:
+        return sa.create_engine(config.LISTEN_DATABASE_URL, poolclass=sa.NullPool)
+    except ImportError as error:
+        raise ConfigError(
+            f"{PREFIX}LISTEN_DATABASE_URL names a driver that cannot be imported: {reason(error)}"
+        ) from error
 
 
 def check_pool(engine: sa.Engine, concurrency: int) -> None:

@@ -7,6 +7,7 @@ import logging
 import re
 import signal
 import socket
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -462,6 +463,25 @@ def test_a_worker_says_what_is_wrong(invoke: Invoke, arguments: list[str], words
     assert result.exit_code in (1, 2)
     assert words in result.output
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_worker_that_would_listen_with_a_driver_that_is_not_there_says_so_in_one_line(
+    make_app: MakeApp,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    monkeypatch: pytest.MonkeyPatch,
+    processes: str,
+) -> None:
+    app = make_app(db, bq, BQ_LISTEN_DATABASE_URL="postgresql+psycopg://me:secret@host/name")
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    runner = app.test_cli_runner()
+    result = runner.invoke(args=["bq", "worker", "default", "--processes", processes])
+    assert result.exit_code == 1
+    [line] = result.output.splitlines()
+    assert line.startswith("Error: BQ_LISTEN_DATABASE_URL names a driver that cannot be imported: ")
+    assert "psycopg" in line
+    assert "secret" not in line
 
 
 def test_a_worker_whose_database_is_out_of_reach_says_so_in_one_line(
