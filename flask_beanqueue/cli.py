@@ -17,7 +17,7 @@ from . import reloader
 from .arguments import ArgumentError
 from .claim import this_app
 from .config import ConfigError
-from .connection import PoolerError, connect
+from .connection import EncodingError, PoolerError, connect
 from .errors import sqlstate
 from .extension import BeanQueue
 from .fanout import Fanout
@@ -297,7 +297,7 @@ def readable_errors(
         else:
             raise
         raise click.ClickException(message) from error
-    except PoolerError as error:
+    except (PoolerError, EncodingError) as error:
         raise click.ClickException(str(error)) from error
     except sa.exc.IntegrityError as error:
         raise click.ClickException(f"The database refuses this: {reason(error)}") from error

@@ -17,6 +17,10 @@ class PoolerError(RuntimeError):
     """A pooler stands before the database, and the queue cannot work through it."""
 
 
+class EncodingError(RuntimeError):
+    """The texts that the database holds may be such as no driver can read."""
+
+
 def open_beside(engine: Engine) -> t.Any:
     """Open a connection of the driver's as the engine's pool does, listeners included, but wait for
     none of those that the pool has: who waits while tasks use them all may be taken for dead.
@@ -31,6 +35,7 @@ def connect(engine: Engine) -> Connection:
     count there.
 
     :raises PoolerError: if it can be used through no pooler.
+    :raises EncodingError: if the database takes bytes of any kind for text.
     """
     try:
         opened = open_beside(engine)
@@ -43,9 +48,19 @@ def connect(engine: Engine) -> Connection:
         connection.execution_options(isolation_level="AUTOCOMMIT")
         connection.detach()
         raw = connection.connection.dbapi_connection
-        level, pid = connection.execute(
-            sa.text("SELECT current_setting('default_transaction_isolation'), pg_backend_pid()")
+        level, pid, encoding = connection.execute(
+            sa.text(
+                "SELECT current_setting('default_transaction_isolation'), pg_backend_pid(),"
+                " current_setting('server_encoding')"
+            )
         ).one()
+        if encoding == "SQL_ASCII":
+            # The driver raises UnicodeDecodeError when it reads such a row, and the claim, which
+            # has been committed by then, is lost with the worker.
+            raise EncodingError(
+                "The database's encoding is SQL_ASCII, in which any bytes pass for text, also such"
+                " as nobody can read. Move what it holds to a database with ENCODING 'UTF8'."
+            )
         pooled = is_pooled(raw, pid)
         if pooled and engine.driver == "psycopg":
             t.cast(t.Any, raw).prepare_threshold = None  # the next backend would not know them

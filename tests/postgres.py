@@ -200,10 +200,13 @@ def standby(primary: Server, port: int, name: str) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def database(url: str) -> Iterator[str]:
-    """Create a database of its own on the server that the URL names, and give its URL."""
+def database(url: str, options: str = "") -> Iterator[str]:
+    """Create a database of its own on the server that the URL names, and give its URL.
+
+    :param options: of CREATE DATABASE.
+    """
     name = f"bq_{uuid.uuid4().hex}"
-    _execute(url, f"CREATE DATABASE {name}")
+    _execute(url, f"CREATE DATABASE {name} {options}")
     try:
         yield urllib.parse.urlsplit(url)._replace(path=f"/{name}").geturl()
     finally:

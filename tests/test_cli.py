@@ -25,6 +25,7 @@ import flask_beanqueue
 from flask_beanqueue import BeanQueue, LimitAttempt, WorkerModelMixin
 from flask_beanqueue.cli import bq_cli
 
+from . import postgres
 from .apps import faults
 from .conftest import MakeApp
 from .probe import Probe, query
@@ -482,6 +483,48 @@ def test_a_worker_that_would_listen_with_a_driver_that_is_not_there_says_so_in_o
     assert line.startswith("Error: BQ_LISTEN_DATABASE_URL names a driver that cannot be imported: ")
     assert "psycopg" in line
     assert "secret" not in line
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_worker_refuses_a_database_whose_texts_need_not_be_readable(
+    make_app: MakeApp,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    server_url: str,
+    database_url: str,
+    processes: str,
+) -> None:
+    with postgres.database(
+        server_url, "ENCODING 'SQL_ASCII' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0"
+    ) as other:
+        url = sa.make_url(database_url).set(database=sa.make_url(other).database)
+        if url.drivername == "postgresql+psycopg":  # or the app could not connect either
+            url = url.update_query_dict({"client_encoding": "utf8"})
+        app = make_app(db, bq, SQLALCHEMY_DATABASE_URI=url)
+        runner = app.test_cli_runner()
+        result = runner.invoke(args=["bq", "worker", "a", "--burst", "--processes", processes])
+        assert result.exit_code == 1
+        [line] = result.output.splitlines()
+        assert line.startswith("Error: The database's encoding is SQL_ASCII")
+        assert "ENCODING 'UTF8'" in line
+        assert query(other, "SELECT count(*) FROM bq_workers") == [(0,)]
+        with app.app_context():
+            db.engine.dispose()
+
+
+def test_a_worker_takes_a_database_of_another_encoding(
+    make_app: MakeApp, db: SQLAlchemy, bq: BeanQueue, server_url: str, database_url: str
+) -> None:
+    with postgres.database(
+        server_url, "ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0"
+    ) as other:
+        url = sa.make_url(database_url).set(database=sa.make_url(other).database)
+        app = make_app(db, bq, SQLALCHEMY_DATABASE_URI=url)
+        arguments = ["bq", "worker", "default", "--burst", "--name", "Zoë"]
+        assert app.test_cli_runner().invoke(args=arguments).exit_code == 0
+        assert query(other, "SELECT name, state FROM bq_workers") == [("Zoë", "SHUTDOWN")]
+        with app.app_context():
+            db.engine.dispose()
 
 
 def test_a_worker_whose_database_is_out_of_reach_says_so_in_one_line(

@@ -110,7 +110,10 @@ def test_one_module_knows_of_a_current_app() -> None:
 
 #: What is said to a connection and not about the queue.
 TO_THE_CONNECTION = {
-    "connection": {"SELECT current_setting('default_transaction_isolation'), pg_backend_pid()"},
+    "connection": {
+        "SELECT current_setting('default_transaction_isolation'), pg_backend_pid(),"
+        " current_setting('server_encoding')"
+    },
     "listen": {"SELECT pg_backend_pid()"},
 }
 
