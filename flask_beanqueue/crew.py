@@ -10,7 +10,8 @@ import time
 import typing as t
 
 from .claim import Claim
-from .outcome import Outcome
+from .log import log
+from .outcome import Outcome, failed, given_back
 
 #: Seconds within which a claimed task should start: how much is claimed ahead.
 HORIZON = 0.1
@@ -33,6 +34,7 @@ class Crew:
     :param perform: runs a task; it must not raise.
     :param on_news: called from the threads when there is something to do for whoever watches:
         the first outcome is there, or as many as are written at once, or claims run short.
+    :param on_loss: called from a thread that ends although nobody has dismissed it.
     :param many: how many outcomes that is.
     """
 
@@ -41,14 +43,16 @@ class Crew:
         size: int,
         perform: t.Callable[[Claim], Outcome | None],
         on_news: t.Callable[[], None],
+        on_loss: t.Callable[[], None],
         many: int,
     ) -> None:
         self.size = size
         self.done: collections.deque[Done] = collections.deque()
-        #: Claims of tasks of which nothing is left to write.
+        #: Claims of tasks of which nothing is left to write. Here and there, one may come twice.
         self.through: collections.deque[Claim] = collections.deque()
         self._perform = perform
         self._on_news = on_news
+        self._on_loss = on_loss
         self._many = many
         self._ready: queue.SimpleQueue[Claim | None] = queue.SimpleQueue()
         #: How many claims had been added at which time, of those that no thread may have begun.
@@ -135,16 +139,52 @@ class Crew:
         return time.monotonic() - self._added[0][0] if self._added else 0.0
 
     def _run(self, number: int) -> None:
-        while (claim := self._ready.get()) is not None:
-            began = self._began[number] = time.monotonic()
-            outcome = self._perform(claim)
-            ended = time.monotonic()
-            mean = ended - began if self._mean is None else self._mean
-            self._mean = mean + NEWEST * (ended - began - mean)
-            del self._began[number]
-            if outcome is None:
-                self.through.append(claim)
-            else:
-                self.done.append(Done(ended, outcome))
-            if len(self.done) >= self._news_at or self.waiting <= self._low:
-                self._on_news()
+        try:
+            while not self._take_turns(number):
+                pass
+        except BaseException:  # of whatever kind: there is one thread less, and perhaps a claim
+            self._on_loss()
+            raise
+
+    def _take_turns(self, number: int) -> bool:
+        """Run tasks until dismissed, or until something is raised between them.
+
+        The timeouts of some libraries raise in a thread from without, and may do so when the
+        processor has returned, at any of the calls here. What was in hand then is not lost: a task
+        that has not begun is given back, and an outcome is handed over, perhaps a second time.
+
+        :return: whether dismissed.
+        """
+        claim: Claim | None = None
+        outcome: Outcome | None = None
+        try:
+            # Not ``claim = get()``: an exception that comes while a thread waits in a call is
+            # raised when that has returned, and what it returned is gone. Nothing is raised
+            # between an iterator's step and its variable.
+            for claim in iter(self._ready.get, None):
+                began = self._began[number] = time.monotonic()
+                outcome = self._perform(claim)
+                ended = time.monotonic()
+                mean = ended - began if self._mean is None else self._mean
+                self._mean = mean + NEWEST * (ended - began - mean)
+                del self._began[number]
+                if outcome is None:
+                    self.through.append(claim)
+                else:
+                    self.done.append(Done(ended, outcome))
+                claim = outcome = None
+                if len(self.done) >= self._news_at or self.waiting <= self._low:
+                    self._on_news()
+            return True
+        except BaseException as error:
+            begun = self._began.pop(number, None) is not None
+            if claim is not None:
+                if outcome is None and not claim.settled:
+                    outcome = failed(claim, error) if begun else given_back(claim)
+                if outcome is None:
+                    self.through.append(claim)
+                else:
+                    self.done.append(Done(time.monotonic(), outcome))
+            log.exception("A thread of the crew goes on after what was raised between its tasks")
+            self._on_news()
+            return False

@@ -263,7 +263,7 @@ class BeanQueue(Queue):
         :param concurrency: tasks to run at once, in threads; ``BQ_CONCURRENCY``, unless given.
         :param burst: return when no task is due.
         :param name: what the worker is called; host and process id, unless given.
-        :raises WorkerDied: if another worker found this one dead.
+        :raises WorkerDied: if another worker found this one dead, or it has lost a thread.
         """
         self.worker(channels, app=app, concurrency=concurrency, burst=burst, name=name).run()
 

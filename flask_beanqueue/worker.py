@@ -50,7 +50,8 @@ GIVE_BACK_AFTER = 0.5
 
 
 class WorkerDied(RuntimeError):
-    """The worker was declared dead by another one, since its heartbeats had stopped coming."""
+    """The worker cannot go on, and another one is to take its place: it was declared dead, since
+    its heartbeats had stopped coming, or has lost a thread."""
 
 
 class Worker:
@@ -100,6 +101,7 @@ class Worker:
             self.concurrency,
             Executor(app, queue, registry, config).execute,
             self._bell.ring_if_asleep,
+            self._has_lost_thread,
             config.BATCH_SIZE,
         )
         self._writer = Writer(app, queue, config.BATCH_SIZE, self._released)
@@ -121,7 +123,8 @@ class Worker:
         self._stopping = False
         self._grace_until = float("inf")
         self._attend_at = 0.0
-        self._died = False
+        #: Why it cannot go on, once that is so.
+        self._died = ""
 
     def listener(self, name: str | None = None) -> Listener:
         """Make what it LISTENs with.
@@ -147,7 +150,7 @@ class Worker:
     def run(self) -> None:
         """Work until told to stop. A worker works once.
 
-        :raises WorkerDied: if another worker declared this one dead.
+        :raises WorkerDied: if another worker declared this one dead, or it has lost a thread.
         """
         # An app context around the loop would collect what the app keeps for each context, such
         # as SQLALCHEMY_RECORD_QUERIES: the loop runs outside of any.
@@ -188,7 +191,7 @@ class Worker:
                 queries,
                 self.config,
                 self.id,
-                on_death=self._die,
+                on_death=self._is_dead,
                 on_burial=self._take_over_soon,
             )
             heartbeat.start()
@@ -202,9 +205,7 @@ class Worker:
                 self._leave(heartbeat)
         if self._died:
             raise WorkerDied(
-                f"Worker {self.name} was declared dead: it sent no heartbeat for"
-                f" {self.config.WORKER_HEARTBEAT_TIMEOUT:g} s (BQ_WORKER_HEARTBEAT_TIMEOUT), or its"
-                " row was deleted. What it has not ended goes to other workers."
+                f"Worker {self.name} {self._died}. What it has not ended goes to other workers."
             )
 
     def _introduce(self) -> None:
@@ -228,8 +229,18 @@ class Worker:
     def _signal(self, which: t.Any) -> None:
         signals.send(which, self.app, worker_id=self.id, channels=self.channels)
 
-    def _die(self) -> None:
-        self._died = True
+    def _is_dead(self) -> None:
+        self._die(
+            "was declared dead: it sent no heartbeat for"
+            f" {self.config.WORKER_HEARTBEAT_TIMEOUT:g} s (BQ_WORKER_HEARTBEAT_TIMEOUT), or its row"
+            " was deleted"
+        )
+
+    def _has_lost_thread(self) -> None:
+        self._die("has lost a thread that runs tasks")
+
+    def _die(self, why: str) -> None:
+        self._died = self._died or why
         self.stop()
 
     @contextlib.contextmanager
@@ -431,7 +442,9 @@ class Worker:
             # What is more than one statement takes can wait for others.
             count = len(done) if everything else min(len(done), self.config.BATCH_SIZE)
             for _ in range(count):
-                self._writer.add(done.popleft().outcome)
+                outcome = done.popleft().outcome
+                if outcome.claim in self._writer.held:  # or it has come before
+                    self._writer.add(outcome)
 
     def _flush_at(self) -> float:
         """When to write what is done: at once if nothing else is held."""
@@ -544,7 +557,7 @@ class Worker:
         connection = self._line.connection
         alive, _ = self.queue.queries.beat(connection, self.id, timeout)
         if not alive and not self._stopping:
-            self._die()
+            self._is_dead()
         self._give_back_strays()
         # A backend that was lost may be at work still.
         self._strays_at = time.monotonic() + timeout

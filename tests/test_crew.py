@@ -1,4 +1,4 @@
-"""When a crew calls for whoever watches it."""
+"""When a crew calls for whoever watches it, and what it does when something is raised."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Scene:
 
     def __init__(self) -> None:
         self.turns = threading.Semaphore(0)
-        self.news = threading.Event()
+        self.news, self.loss = threading.Event(), threading.Event()
         self.writes = False
-        self.crew = Crew(1, self.perform, self.news.set, MANY)
+        self.crew = Crew(1, self.perform, self.news.set, self.loss.set, MANY)
         self.crew.start()
 
     def perform(self, claim: Claim) -> Outcome | None:
@@ -123,3 +123,44 @@ def test_a_claim_has_waited_since_it_was_added(scene: Scene) -> None:
     assert scene.crew.waited_for > waited, "the first counts"
     scene.crew.take_back()
     assert scene.crew.waited_for == 0.0
+
+
+class Raised(BaseException):
+    """What a timeout raises in a thread from without."""
+
+
+def test_what_is_raised_around_a_task_ends_the_task_and_not_the_thread(scene: Scene) -> None:
+    perform = scene.crew._perform
+
+    def raising(claim: Claim) -> Outcome | None:
+        scene.crew._perform = perform
+        perform(claim)
+        raise Raised
+
+    scene.let_run(2 * MANY)
+    scene.crew._perform = raising
+    first, second = claim(), claim()
+    scene.crew.add([first, second])
+    scene.turns.release(2)
+    wait_until(lambda: second in scene.crew.through)
+    [done] = scene.crew.done
+    assert (done.outcome.claim, done.outcome.state) == (first, "FAILED")
+    assert done.outcome.error_message == "Raised"
+    assert first not in scene.crew.through
+    assert scene.crew.running == 0
+
+
+def test_what_is_raised_when_a_task_has_its_outcome_changes_nothing_of_it(scene: Scene) -> None:
+    def raising() -> None:
+        scene.crew._on_news = scene.news.set
+        raise Raised
+
+    scene.let_run(2 * MANY)
+    scene.writes = True
+    scene.crew._on_news = raising
+    first, second = claim(), claim()
+    scene.crew.add([first, second])
+    scene.turns.release(2)
+    wait_until(lambda: len(scene.crew.done) == 2)
+    assert [done.outcome.claim for done in scene.crew.done] == [first, second]
+    assert {done.outcome.state for done in scene.crew.done} == {"DONE"}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import ctypes
 import datetime
 import math
 import os
@@ -28,7 +29,7 @@ import sqlalchemy as sa
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
-from flask_beanqueue import BeanQueue, LimitAttempt, outcome
+from flask_beanqueue import BeanQueue, LimitAttempt, WorkerDied, outcome
 
 from .conftest import MakeApp, running, texts
 from .probe import Probe, query
@@ -237,6 +238,71 @@ def test_a_thread_that_outlives_its_task_commits_nothing(
     threads[0].join(60)
     assert raised == ["ClaimLost"]
     assert texts(app, db, Note) == []
+
+
+def raise_in(thread: int, error: type[BaseException]) -> None:
+    """What stopit and func_timeout do when a time is over."""
+    raised = ctypes.pythonapi.PyThreadState_SetAsyncExc(
+        ctypes.c_ulong(thread), ctypes.py_object(error)
+    )
+    assert raised == 1
+
+
+def test_a_timeout_that_comes_when_its_task_has_ended_harms_no_other(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, probe: Probe, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is raised as soon as the thread has its next claim."""
+    threads: list[int] = []
+
+    @bq.processor()
+    def work(number: int) -> None:
+        threads.append(threading.get_ident())
+
+    probe.listen_states()
+    with app.app_context(), running(app, bq, concurrency=1):
+        for number in range(3):
+            work.enqueue(number=number)
+            db.session.commit()
+            probe.wait("work DONE")
+            raise_in(threads[-1], TimeoutError)
+        work.enqueue_many([{"number": 3}, {"number": 4}])
+        db.session.commit()
+        probe.wait("work DONE")
+        probe.wait("work DONE")
+        tasks = db.session.execute(sa.select(bq.Task.state, bq.Task.attempts)).all()
+        assert set(tasks) == {("DONE", 1)}
+    assert len(threads) == 5
+    assert len(set(threads)) == 1
+    assert caplog.text.count("goes on after what was raised between its tasks") == 3
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_worker_that_loses_a_thread_leaves_to_be_replaced(
+    make_app: MakeApp,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    database_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It would hold for ever what the thread had taken."""
+
+    @bq.processor()
+    def work() -> None:
+        raise AssertionError
+
+    def exit(*_: Any) -> None:
+        raise SystemExit
+
+    monkeypatch.setattr("flask_beanqueue.executor.Executor.execute", exit)
+    monkeypatch.setattr("flask_beanqueue.crew.failed", exit)
+    app = make_app(db, bq, BQ_SHUTDOWN_TIMEOUT=0.0)
+    with app.app_context():
+        work.enqueue()
+        db.session.commit()
+    with pytest.raises(WorkerDied, match="has lost a thread that runs tasks"):
+        bq.process_tasks(app=app)
+    assert query(database_url, "SELECT state, attempts FROM bq_tasks") == [("PENDING", 0)]
+    assert query(database_url, "SELECT state FROM bq_workers") == [("SHUTDOWN",)]
 
 
 # Errors of the database: with a retry policy the task ends right at the next attempt, without one
