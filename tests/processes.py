@@ -161,7 +161,7 @@ class Processes:
             process.clean_up()
 
 
-def replace(
+def done_by_the_next(
     lose: Callable[[], None],
     start: Callable[[], Process],
     probe: Probe,

@@ -19,7 +19,7 @@ from flask import Flask
 from .apps import faults
 from .apps.faults import effects
 from .probe import Probe, connect, query, wait_until
-from .processes import HEARTBEAT, READY, Process, Processes, replace
+from .processes import HEARTBEAT, READY, Process, Processes, done_by_the_next
 
 APP = faults.__name__
 
@@ -62,7 +62,7 @@ def test_a_frozen_worker_holds_nobody_up_and_leaves_no_trace(
     app: Flask, database_url: str, probe: Probe, start: Callable[[], Process], point: str, task: str
 ) -> None:
     first = start()
-    second = replace(first.freeze, start, probe, point, getattr(faults, task))
+    second = done_by_the_next(first.freeze, start, probe, point, getattr(faults, task))
     first.thaw()
     assert first.wait() == 1
     assert "declared dead" in first.output
@@ -79,7 +79,7 @@ def test_a_commit_halfway_of_a_frozen_worker_raises_and_leaves_nothing(
     app: Flask, database_url: str, probe: Probe, start: Callable[[], Process], task: str
 ) -> None:
     first = start()
-    replace(first.freeze, start, probe, "before half", getattr(faults, task))
+    done_by_the_next(first.freeze, start, probe, "before half", getattr(faults, task))
     first.thaw()
     probe.wait_until(lambda: any(each.startswith("commit raised") for each in probe.heard))
     assert first.wait() == 1
@@ -90,7 +90,7 @@ def test_what_a_frozen_worker_had_committed_halfway_is_there_twice(
     app: Flask, database_url: str, probe: Probe, start: Callable[[], Process]
 ) -> None:
     first = start()
-    replace(first.freeze, start, probe, "after half", faults.freeze_after_half)
+    done_by_the_next(first.freeze, start, probe, "after half", faults.freeze_after_half)
     first.thaw()
     assert first.wait() == 1
     assert effects(database_url) == ["first half", "first half", "second half"]
@@ -99,7 +99,7 @@ def test_what_a_frozen_worker_had_committed_halfway_is_there_twice(
 def test_a_killed_workers_task_is_done_by_another(
     app: Flask, database_url: str, probe: Probe, start: Callable[[], Process]
 ) -> None:
-    replace(start().kill, start, probe, "waiting mail", faults.wait, name="mail")
+    done_by_the_next(start().kill, start, probe, "waiting mail", faults.wait, name="mail")
     assert effects(database_url) == ["mail"]
     assert rows(database_url, "state, claims, crashes, attempts") == [("DONE", 2, 1, 1)]
     assert query(database_url, "SELECT type, error_message FROM bq_events") == [

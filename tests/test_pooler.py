@@ -14,7 +14,7 @@ from .apps import faults
 from .apps.faults import effects
 from .pooler import installed, pooler
 from .probe import Probe, query
-from .processes import HEARTBEAT, Process, Processes, replace
+from .processes import HEARTBEAT, Process, Processes, done_by_the_next
 
 pytestmark = pytest.mark.skipif(
     installed() is None and os.environ.get("REQUIRE_POOLER") != "1",
@@ -94,7 +94,7 @@ def test_a_frozen_worker_behind_a_pooler_holds_nobody_up_and_leaves_no_trace(
     app: Flask, database_url: str, probe: Probe, start: Callable[[], Process], point: str, task: str
 ) -> None:
     first = start()
-    second = replace(first.freeze, start, probe, point, getattr(faults, task))
+    second = done_by_the_next(first.freeze, start, probe, point, getattr(faults, task))
     first.thaw()
     assert first.wait() == 1
     assert effects(database_url) == [task]
@@ -104,7 +104,7 @@ def test_a_frozen_worker_behind_a_pooler_holds_nobody_up_and_leaves_no_trace(
 def test_a_killed_workers_task_is_done_by_another_behind_a_pooler(
     app: Flask, database_url: str, probe: Probe, start: Callable[[], Process]
 ) -> None:
-    replace(start().kill, start, probe, "waiting mail", faults.wait, name="mail")
+    done_by_the_next(start().kill, start, probe, "waiting mail", faults.wait, name="mail")
     assert effects(database_url) == ["mail"]
 
 

@@ -20,7 +20,7 @@ from . import postgres
 from .apps import rights
 from .conftest import with_driver
 from .probe import Probe, query
-from .processes import HEARTBEAT, Process, Processes, replace
+from .processes import HEARTBEAT, Process, Processes, done_by_the_next
 
 APP = "tests.apps.rights"
 DOCS = Path(__file__).parent.parent / "docs"
@@ -268,7 +268,9 @@ def test_the_web_role_ends_a_parked_task(shop: Shop, well: bool) -> None:
 
 def test_a_killed_workers_task_is_taken_over(shop: Shop, probe: Probe) -> None:
     with shop.context("web"):
-        replace(shop.worker().kill, shop.worker, probe, "waiting", rights.wait, text="waited")
+        done_by_the_next(
+            shop.worker().kill, shop.worker, probe, "waiting", rights.wait, text="waited"
+        )
     assert shop.effects() == ["waited"]
     assert shop.sql("SELECT claims, crashes FROM bq_tasks") == [(2, 1)]
 
@@ -277,7 +279,9 @@ def test_the_connections_of_a_frozen_worker_are_ended(shop: Shop, probe: Probe) 
     first = shop.worker()
     with shop.context("web"):
         # The second cannot do it while the first keeps the unique value locked.
-        second = replace(first.freeze, shop.worker, probe, "waiting", rights.wait, text="waited")
+        second = done_by_the_next(
+            first.freeze, shop.worker, probe, "waiting", rights.wait, text="waited"
+        )
     first.thaw()
     assert first.wait() == 1
     assert "declared dead" in first.output
@@ -291,7 +295,7 @@ def test_a_dead_worker_of_another_role_keeps_its_connections_and_not_its_tasks(
     other = shop.make_role("other", [grant for grant in GRANTS if grant.to == "shop_worker"])
     first = shop.worker("other")
     with shop.context("web"):
-        replace(first.freeze, shop.worker, probe, "thinking", rights.think, text="thought")
+        done_by_the_next(first.freeze, shop.worker, probe, "thinking", rights.think, text="thought")
     kept = f"SELECT 1 FROM pg_stat_activity WHERE usename = '{other}' AND application_name ~ 'bean'"
     assert shop.sql(kept)
     first.thaw()
