@@ -20,8 +20,6 @@ from . import postgres
 Act = Callable[[Any, Any], Any]
 
 EFFECT = sa.text("INSERT INTO note (text) VALUES (:text)")
-#: Of engines, in which a connection may have been left open.
-POOLS: list[sa.Pool] = []
 
 
 class End(NamedTuple):
@@ -76,13 +74,14 @@ def stage(url: str) -> Iterator[Stage]:
     bq.init_app(app)
     with app.app_context():
         db.create_all()
+        # An engine that is disposed of takes another pool, and what is out of the first stays open.
+        pools = [db.engine.pool]
+        sa.event.listen(db.engine, "engine_disposed", lambda engine: pools.append(engine.pool))
     try:
         yield Stage(app, db, bq, url)
     finally:
-        with app.app_context():
-            POOLS.append(db.engine.pool)
-        while POOLS:
-            POOLS.pop().dispose()
+        for pool in pools:
+            pool.dispose()
         postgres.empty(url)
 
 

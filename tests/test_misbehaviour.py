@@ -33,7 +33,7 @@ from flask_beanqueue import BeanQueue, LimitAttempt, WorkerDied, outcome
 
 from .conftest import MakeApp, running, texts
 from .probe import Probe, query
-from .stage import EFFECT, POOLS, Act, End, raising
+from .stage import EFFECT, Act, End, raising
 from .triggers import trigger
 from .values import MOST
 
@@ -85,7 +85,6 @@ def in_savepoint(act: Act) -> Act:
 
 
 def dispose(db: Any, task: Any) -> None:
-    POOLS.append(db.get_bind().pool)
     db.get_bind().dispose()
 
 
