@@ -28,9 +28,8 @@ from .signals import (
     worker_started,
     worker_stopped,
 )
+from .version import __version__ as __version__
 from .worker import Worker, WorkerDied
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ArgumentError",

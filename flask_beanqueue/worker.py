@@ -36,6 +36,7 @@ from .queue import Queue
 from .registry import Registry
 from .shutdown import OTHER, Summons
 from .suspect import Suspect
+from .version import __version__
 from .writer import Writer
 
 #: Seconds that an outcome waits for others to be written with.
@@ -209,8 +210,6 @@ class Worker:
             )
 
     def _introduce(self) -> None:
-        from . import __version__
-
         log.info(
             "flask_beanqueue %s: worker %s (%s) on %s; %d at once; %d processor%s known; %s",
             __version__,

@@ -28,7 +28,7 @@ FLOORS = """
     marks reloader fanout
     bell listen signals retry
     connection
-    arguments options config claim log errors shutdown
+    arguments options config claim log errors shutdown version
 """
 FLOOR = {
     module: number
@@ -39,7 +39,6 @@ FLOOR = {
 #: Imports within functions: who, where, what.
 LATE = {
     ("extension", "init_app", "cli"),  # not every process has a command line
-    ("worker", "_introduce", "__version__"),
 }
 
 FOLDER = Path(flask_beanqueue.__file__).parent
