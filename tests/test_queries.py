@@ -103,6 +103,41 @@ def test_the_claim_of_a_suspect_does_not_read_all_of_them_for_each_of_them(
         assert connection.exec_driver_sql(fetched).scalar_one() - before < 10 * number
 
 
+def test_one_suspect_at_a_time_is_claimed_in_a_channel_whoever_asks(
+    bq: BeanQueue, connection: Connection, worker_id: uuid.UUID, database_url: str
+) -> None:
+    """The next one would occupy another worker, and the rest of the queue would stand still."""
+    other_id = uuid7()
+    bq.queries.add_worker(connection, other_id, "other", ["default", "letters"])
+    first, second = (make(database_url, crashes=1) for _ in range(2))
+    letter = make(database_url, crashes=1, channel="letters")
+    channels = ["default", "letters"]
+
+    def suspects(*channels: str) -> bool:
+        return bq.queries.look(connection, channels).suspects
+
+    assert suspects("default")
+    claim = bq.queries.claim_suspect(connection, worker_id, ["default"])
+    assert claim is not None
+    assert claim.id == first
+    assert not suspects("default")
+    assert bq.queries.claim_suspect(connection, other_id, ["default"]) is None
+
+    # Channels are no business of each other's.
+    assert suspects(*channels)
+    claimed = bq.queries.claim_suspect(connection, other_id, channels)
+    assert claimed is not None
+    assert claimed.id == letter
+    assert not suspects(*channels)
+
+    # One that waits for a webhook runs no longer.
+    query(database_url, "UPDATE bq_tasks SET parked = true WHERE id = %s", str(first))
+    assert suspects("default")
+    claimed = bq.queries.claim_suspect(connection, other_id, channels)
+    assert claimed is not None
+    assert claimed.id == second
+
+
 def test_finish_leaves_a_row_alone_that_lies_where_the_claimed_one_lay(
     bq: BeanQueue, connection: Connection, take_all: TakeAll, database_url: str
 ) -> None:
