@@ -10,8 +10,8 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from .claim import Claim
-from .errors import is_refusal
-from .log import log, reason
+from .errors import is_refusal, reason
+from .log import log
 from .marks import Level, Marks
 from .queue import Queue
 

@@ -18,11 +18,11 @@ from .arguments import ArgumentError
 from .claim import this_app
 from .config import ConfigError
 from .connection import EncodingError, PoolerError, connect
-from .errors import sqlstate
+from .errors import reason, sqlstate
 from .extension import BeanQueue
 from .fanout import Fanout
 from .listen import Source
-from .log import log, reason
+from .log import log
 from .queries import application_name
 from .registry import import_packages
 from .supervisor import Place, Supervisor

@@ -12,8 +12,8 @@ from . import fence, signals
 from . import outcome as outcomes
 from .claim import Claim, ClaimLost, running
 from .config import Config
-from .errors import is_interruption
-from .log import log, reason
+from .errors import is_interruption, reason
+from .log import log
 from .outcome import Outcome
 from .processor import AnyProcessor
 from .queue import Queue

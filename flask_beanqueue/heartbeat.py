@@ -12,7 +12,8 @@ from sqlalchemy.engine import Connection, Engine
 
 from .config import Config
 from .connection import Line
-from .log import log, reason
+from .errors import reason
+from .log import log
 from .queries import Queries, Silent
 
 

@@ -10,7 +10,8 @@ import typing as t
 from sqlalchemy.engine import Connection, Engine
 
 from .connection import PoolerError, is_pooled, named, open_beside
-from .log import log, reason
+from .errors import reason
+from .log import log
 
 #: Seconds between two attempts to listen again.
 RETRY_AFTER = 1.0

@@ -14,9 +14,9 @@ from sqlalchemy.engine import Connection
 from . import signals
 from .arguments import to_json
 from .claim import Claim
-from .errors import is_interruption
+from .errors import is_interruption, is_of_database, reason
 from .listen import notify_name
-from .log import is_of_database, log, reason
+from .log import log
 from .models import DONE, FAILED, PENDING, PROCESSING, uuid7
 from .options import check_aware
 from .processor import AnyProcessor

@@ -24,11 +24,11 @@ from .claimer import Claimer
 from .config import PREFIX, Config, ConfigError
 from .connection import Line, named
 from .crew import Crew
-from .errors import TROUBLE
+from .errors import TROUBLE, reason
 from .executor import Executor
 from .heartbeat import Heartbeat
 from .listen import Listener, Source
-from .log import log, reason
+from .log import log
 from .marks import Marks
 from .models import uuid7
 from .queries import application_name

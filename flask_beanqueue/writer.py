@@ -15,8 +15,8 @@ from sqlalchemy.engine import Connection
 from . import outcome as outcomes
 from . import signals
 from .claim import Claim
-from .errors import is_lock_timeout, is_misfit, is_refusal
-from .log import log, reason
+from .errors import is_lock_timeout, is_misfit, is_refusal, reason
+from .log import log
 from .models import PENDING, PROCESSING
 from .outcome import Outcome
 from .queue import Queue

@@ -28,7 +28,8 @@ FLOORS = """
     marks reloader fanout
     bell listen signals retry
     connection
-    arguments options config claim log errors shutdown version
+    log
+    arguments options config claim errors shutdown version
 """
 FLOOR = {
     module: number
