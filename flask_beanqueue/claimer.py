@@ -44,7 +44,7 @@ class Claimer:
         self._singly = max(self._singly - 1, 0)
         levels = self._marks.turn()
         try:
-            return somehow(
+            return with_or_without_arguments(
                 functools.partial(self._queue.queries.claim, connection, worker_id, levels, limit)
             )
         except sa.exc.DBAPIError as error:
@@ -59,7 +59,7 @@ class Claimer:
     def claim_suspect(self, connection: Connection, worker_id: uuid.UUID) -> Claim | None:
         """Claim one task that was in a crash, if there is one and it can be had."""
         try:
-            return somehow(
+            return with_or_without_arguments(
                 functools.partial(
                     self._queue.queries.claim_suspect, connection, worker_id, self._channels
                 )
@@ -86,7 +86,7 @@ class Claimer:
             log.error("%s cannot be claimed: %s", what, reason(error))
 
 
-def somehow(claim: t.Callable[..., Claimed]) -> Claimed:
+def with_or_without_arguments(claim: t.Callable[..., Claimed]) -> Claimed:
     """Claim with the tasks' arguments; if the database refuses, for it may be because of those,
     without them. Each task then reads its own."""
     try:
