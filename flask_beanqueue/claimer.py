@@ -48,7 +48,7 @@ class Claimer:
                 functools.partial(self._queue.queries.claim, connection, worker_id, levels, limit)
             )
         except sa.exc.DBAPIError as error:
-            if not is_refusal(error):
+            if not self._queue.queries.refuses(connection, error):
                 raise
             if limit > 1:
                 self._singly = limit
@@ -65,7 +65,7 @@ class Claimer:
                 )
             )
         except sa.exc.DBAPIError as error:
-            if not is_refusal(error):
+            if not self._queue.queries.refuses(connection, error):
                 raise
             self._log_refused("A task that was in a crash", error)
             return None

@@ -11,12 +11,14 @@ import sqlalchemy as sa
 #: What a worker's loop survives.
 TROUBLE = (sa.exc.DBAPIError, sa.exc.TimeoutError)
 
-#: Classes of SQLSTATE by which PostgreSQL refuses a value, or what a constraint or a trigger does
-#: not let pass; and what a damaged row answers.
-REFUSALS = {"21", "22", "23", "27", "2F", "38", "39", "44", "54", "P0", "XX"}
-#: Those by which it refuses a statement, whatever the values: it does not fit the tables, or a
-#: right is missing. They may also come from within a trigger, which meets some values only.
-MISFITS = {"0A", "42"}
+#: How the SQLSTATEs begin that are nobody's fault, and pass: of the connection, of a transaction
+#: that may only read or is to be tried again, of what has run out, of an operator, of the system.
+PASSING = ("08", "25", "40", "53", "57P", "58", "F0")
+#: Those by which PostgreSQL refuses a statement, whatever the values: it does not fit the tables,
+#: or a right is missing. They may also come from within a trigger, which meets some values only.
+MISFITS = ("0A", "3F", "42")
+#: A lock was waited for, or the statement worked on, for as long as somebody allows.
+TIMEOUTS = {"55P03", "57014"}
 
 #: What an error quotes, from the first quotation mark to the last: the value may hold some, too.
 QUOTED = re.compile(r"""(["']).*\1""", re.DOTALL)
@@ -28,19 +30,20 @@ def sqlstate(error: sa.exc.DBAPIError) -> str:
 
 
 def is_refusal(error: sa.exc.DBAPIError) -> bool:
-    """Whether the database refuses what it was given, and would do so again. A database that is
-    read-only or full does not: it may change its mind."""
-    return not error.connection_invalidated and sqlstate(error)[:2] in REFUSALS
+    """Whether the database refuses what it was given, and may do so again: whatever is no passing
+    trouble, for a trigger raises any code it likes. What has none is the driver's own."""
+    code = sqlstate(error)
+    return bool(code) and not error.connection_invalidated and not code.startswith(PASSING)
 
 
 def is_misfit(error: sa.exc.DBAPIError) -> bool:
     """Whether the database refuses a statement as such, or a trigger's."""
-    return not error.connection_invalidated and sqlstate(error)[:2] in MISFITS
+    return is_refusal(error) and sqlstate(error).startswith(MISFITS)
 
 
-def is_lock_timeout(error: sa.exc.DBAPIError) -> bool:
-    """Whether somebody else keeps a lock for longer than was to be waited."""
-    return sqlstate(error) == "55P03"
+def is_timeout(error: sa.exc.DBAPIError) -> bool:
+    """Whether it took too long, which is no fault of what was given."""
+    return sqlstate(error) in TIMEOUTS
 
 
 def is_interruption(error: BaseException, losses: t.Collection[BaseException]) -> bool:

@@ -11,6 +11,7 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import Connection
 
 from .claim import Claim
+from .errors import is_misfit, is_refusal
 from .listen import notifies, notify_name
 from .marks import Front, Level, Look
 from .models import Models
@@ -558,6 +559,15 @@ class Queries:
         for table in (worker, event):  # and here the right to INSERT
             nothing = sa.select(table.c.id).where(sa.false())
             connection.execute(sa.insert(table).from_select(["id"], nothing))
+
+    def refuses(self, connection: Connection, error: sa.exc.DBAPIError) -> bool:
+        """Tell whether the database refuses what a statement was given.
+
+        :raises sqlalchemy.exc.ProgrammingError: if it would refuse any: the tables do not fit.
+        """
+        if is_misfit(error):
+            self.check_tables(connection)
+        return is_refusal(error)
 
     def add_worker(
         self, connection: Connection, worker_id: uuid.UUID, name: str, channels: t.Sequence[str]

@@ -15,7 +15,7 @@ from sqlalchemy.engine import Connection
 from . import outcome as outcomes
 from . import signals
 from .claim import Claim
-from .errors import is_lock_timeout, is_misfit, is_refusal, reason
+from .errors import is_timeout, reason
 from .log import log
 from .models import PENDING, PROCESSING
 from .outcome import Outcome
@@ -58,8 +58,8 @@ class Writer:
         #: Those whose rows somebody else has locked, and when they are tried again.
         self._locked: dict[Claim, Outcome] = {}
         self._locked_until = 0.0
-        #: Claims whose rows are not locked, and whose outcomes wait all the same: a trigger of the
-        #: app's own wants some other lock. They are written one by one.
+        #: Claims whose rows are not locked, and whose outcomes take too long all the same: a
+        #: trigger of the app's own wants some other lock, say. They are written one by one.
         self._stalled: set[Claim] = set()
         #: Claims whose outcome may have been written although the answer was lost.
         self._unsure: set[Claim] = set()
@@ -181,17 +181,15 @@ class Writer:
             )
         except sa.exc.DBAPIError as error:
             self._unsure |= {outcome.claim for outcome in part}
-            if is_lock_timeout(error):
+            if is_timeout(error):
                 unlocked = self._unlocked(connection, part)
                 if len(unlocked) < len(part):
                     self._write_part(connection, unlocked)
                 elif len(part) > 1:
                     self._write_halves(connection, part)
                 else:
-                    self._stall(part[0])
-            elif is_refusal(error) or is_misfit(error):
-                if is_misfit(error):  # not of one outcome, but of any?
-                    self._queue.queries.check_tables(connection)
+                    self._stall(part[0], error)
+            elif self._queue.queries.refuses(connection, error):
                 if len(part) > 1:
                     self._write_halves(connection, part)
                 else:
@@ -220,10 +218,16 @@ class Writer:
         self._write_part(connection, part[:half])
         self._write_part(connection, part[half:])
 
-    def _stall(self, outcome: Outcome) -> None:
-        """Keep an outcome for later, and with it others like it: they would wait for as long."""
+    def _stall(self, outcome: Outcome, error: BaseException) -> None:
+        """Keep an outcome for later, and with it others like it: they would take as long. It is the
+        last one then, for another one may have nothing to wait for."""
         self._stalled.add(outcome.claim)
-        self._keep([each for each in self._backlog.values() if each.claim in self._stalled])
+        others = [
+            each
+            for each in self._backlog.values()
+            if each.claim in self._stalled and each is not outcome
+        ]
+        self._keep([*others, outcome], reason(error))
 
     def _fall_back(self, outcome: Outcome, error: BaseException) -> None:
         """Let something else be written in place of an outcome that the database refuses."""
@@ -240,17 +244,21 @@ class Writer:
     def _unlocked(self, connection: Connection, part: list[Outcome]) -> list[Outcome]:
         """Return those whose rows nobody has locked, and keep the others for later."""
         keys = self._queue.queries.locked(connection, [outcome.claim.key for outcome in part])
-        self._keep([outcome for outcome in part if outcome.claim.key in keys])
+        self._keep(
+            [outcome for outcome in part if outcome.claim.key in keys],
+            "another transaction keeps its row locked",
+        )
         return [outcome for outcome in part if outcome.claim.key not in keys]
 
-    def _keep(self, part: list[Outcome]) -> None:
-        """Keep what is locked for later."""
+    def _keep(self, part: list[Outcome], why: str) -> None:
+        """Keep what cannot be written now for later."""
         for outcome in part:
             claim = outcome.claim
             if claim not in self._locked:
                 log.warning(
-                    "%s cannot be ended yet: another transaction keeps its row locked",
+                    "%s cannot be ended yet: %s",
                     claim.label,
+                    why,
                     extra=claim.log_extra(),
                 )
             self._forget(claim)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import sqlalchemy as sa
 
-from flask_beanqueue.errors import is_lock_timeout, is_misfit, is_refusal
+from flask_beanqueue.errors import is_misfit, is_refusal, is_timeout
 
 
 class DriverError(Exception):
@@ -22,26 +22,32 @@ def error(sqlstate: str | None, *, lost: bool = False) -> sa.exc.DBAPIError:
     [
         ("22003", True),  # numeric value out of range
         ("23514", True),  # check violation
+        ("42P01", True),  # undefined table, perhaps a trigger's
         ("54000", True),  # program limit exceeded
+        ("57014", True),  # query canceled: too slow, or by a trigger
         ("P0001", True),  # raised by a trigger
+        ("45000", True),  # the like, as other databases have it
+        ("A0001", True),  # the like, by a code of the app's own
         ("XX001", True),  # data corrupted
-        ("42501", False),  # insufficient privilege: any value would be refused
+        ("08006", False),  # connection failure
         ("25006", False),  # read-only transaction: a standby, for now
         ("40001", False),  # serialization failure
         ("53100", False),  # disk full
-        ("55P03", False),  # lock not available
         ("57P01", False),  # admin shutdown
+        ("58030", False),  # I/O error
+        ("F0000", False),  # the configuration is in error
         (None, False),  # the driver's own
     ],
 )
-def test_a_refusal_is_what_would_come_again(sqlstate: str | None, refuses: bool) -> None:
+def test_what_is_nobodys_passing_trouble_is_a_refusal(sqlstate: str | None, refuses: bool) -> None:
     assert is_refusal(error(sqlstate)) is refuses
 
 
 @pytest.mark.parametrize(
     ("sqlstate", "misfit"),
     [
-        ("0A000", True),  # a cached plan of a table that has changed
+        ("0A000", True),  # feature not supported
+        ("3F000", True),  # no such schema
         ("42501", True),  # insufficient privilege
         ("42703", True),  # undefined column
         ("22003", False),
@@ -49,9 +55,7 @@ def test_a_refusal_is_what_would_come_again(sqlstate: str | None, refuses: bool)
         (None, False),
     ],
 )
-def test_a_misfit_is_a_statement_that_is_refused_whatever_the_values(
-    sqlstate: str | None, misfit: bool
-) -> None:
+def test_a_misfit_may_be_refused_whatever_the_values(sqlstate: str | None, misfit: bool) -> None:
     assert is_misfit(error(sqlstate)) is misfit
 
 
@@ -60,6 +64,13 @@ def test_a_lost_connection_refuses_nothing() -> None:
     assert not is_misfit(error("42703", lost=True))
 
 
-def test_a_lock_timeout_is_told_by_its_code() -> None:
-    assert is_lock_timeout(error("55P03"))
-    assert not is_lock_timeout(error("40P01"))
+@pytest.mark.parametrize(
+    ("sqlstate", "timeout"),
+    [
+        ("55P03", True),  # lock not available
+        ("57014", True),  # query canceled
+        ("40P01", False),  # deadlock
+    ],
+)
+def test_a_timeout_is_told_by_its_code(sqlstate: str, timeout: bool) -> None:
+    assert is_timeout(error(sqlstate)) is timeout

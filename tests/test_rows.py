@@ -5,6 +5,7 @@ There is a table of them: what is odd, in words, and how the task ends.
 
 from __future__ import annotations
 
+import json
 import random
 import string
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from flask_beanqueue import BeanQueue
 from .conftest import running, texts, with_driver
 from .probe import Probe, query
 from .stage import EFFECT, stage
+from .triggers import trigger
 from .values import MOST
 
 Work = Callable[..., None]
@@ -230,6 +232,24 @@ def test_a_row_that_a_rule_does_not_let_be_claimed_disturbs_nobody(
     ) == [("DONE", 50), ("PENDING", 3)]
     for what in ["A task that was in a crash"] if crashes else rows:
         assert caplog.text.count(f"{what} cannot be claimed: new row for relation") == 1
+
+
+#: What a trigger may answer, and some of what else comes back from a statement that is refused.
+CODES = ["P0001", "A0001", "45000", "57014", "3F000", "42P01", "0A000", "55P03"]
+RAISE = "RAISE EXCEPTION 'no' USING ERRCODE = NEW.kwargs->>'a'"
+
+
+@pytest.mark.parametrize("crashes", [0, 1])
+def test_a_row_that_a_trigger_does_not_let_be_claimed_disturbs_nobody_whatever_it_raises(
+    others_get_done: Callable[..., None], database_url: str, crashes: int
+) -> None:
+    on = "BEFORE UPDATE ON bq_tasks"
+    query(database_url, trigger("refuse", on, RAISE, condition="NEW.func_name = 'odd'"))
+    for code in CODES:
+        insert(database_url, crashes=crashes, kwargs=json.dumps({"a": code}))
+    others_get_done()
+    states = query(database_url, "SELECT state FROM bq_tasks WHERE func_name = 'odd'")
+    assert states == [("PENDING",)] * len(CODES)
 
 
 @pytest.mark.slow

@@ -186,8 +186,15 @@ def test_an_outcome_that_is_refused_holds_up_no_other_and_is_given_up_in_the_end
     assert caplog.text.count("nothing can be written of it") == 1
 
 
-def test_a_trigger_that_is_broken_for_one_task_holds_up_no_other(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, take_over: Callable[[], None]
+@pytest.mark.parametrize(
+    "body",
+    [
+        "PERFORM NEW.no_such_column",
+        *(f"RAISE EXCEPTION 'no' USING ERRCODE = '{code}'" for code in ("A0001", "45000", "3F000")),
+    ],
+)
+def test_a_trigger_that_raises_for_one_task_holds_up_no_other(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, take_over: Callable[[], None], body: str
 ) -> None:
     with app.app_context():
         db.session.execute(
@@ -195,7 +202,7 @@ def test_a_trigger_that_is_broken_for_one_task_holds_up_no_other(
                 trigger(
                     "odd",
                     "BEFORE UPDATE ON bq_tasks",
-                    "PERFORM NEW.no_such_column",
+                    body,
                     condition="NEW.func_name = 'odd'",
                 )
             )
@@ -205,6 +212,47 @@ def test_a_trigger_that_is_broken_for_one_task_holds_up_no_other(
         db.session.commit()
         take_over()
         assert [task.state for task in (odd, *others)] == ["PROCESSING", "PENDING", "PENDING"]
+
+
+def test_outcomes_that_take_too_long_are_kept_each_gets_its_turn_and_others_go_on(
+    app: Flask,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    take_over: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A statement_timeout is no fault of theirs."""
+    monkeypatch.setattr(writer, "LOCKED_AGAIN", 0.0)
+    with app.app_context():
+        db.session.execute(
+            sa.text(
+                trigger(
+                    "slow",
+                    "BEFORE UPDATE ON bq_tasks",
+                    "RAISE EXCEPTION 'too slow' USING ERRCODE = 'query_canceled'",
+                    condition="starts_with(NEW.func_name, 'slow')",
+                )
+            )
+        )
+        tasks = [held(bq, name=name) for name in ("f", "slow 1", "f", "slow 2", "f")]
+        db.session.add_all(tasks)
+        db.session.commit()
+        take_over()
+        waits = ["PENDING", "PROCESSING", "PENDING", "PROCESSING", "PENDING"]
+        assert [task.state for task in tasks] == waits
+        assert caplog.text.count("cannot be ended yet: too slow") == 2
+        # One of them is too slow for ever.
+        tasks[3].func_name = "f"
+        db.session.execute(sa.text("ALTER TABLE bq_tasks DISABLE TRIGGER slow"))
+        db.session.flush()
+        db.session.execute(sa.text("ALTER TABLE bq_tasks ENABLE TRIGGER slow"))
+        db.session.commit()
+        for _ in range(2):
+            take_over()
+        db.session.expire_all()
+        assert [task.state for task in tasks] == ["PENDING", "PROCESSING", *["PENDING"] * 3]
+        assert [task.crashes for task in tasks] == [1, 0, 1, 1, 1]
 
 
 def test_no_outcome_is_given_up_because_none_can_be_written(
