@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 import typing as t
 import uuid
 
@@ -12,8 +13,13 @@ from sqlalchemy.engine import Connection
 from .claim import Claim
 from .errors import is_refusal, reason
 from .log import log
-from .marks import Level, Marks
+from .marks import Look, Marks
 from .queue import Queue
+
+#: Seconds for which a task that cannot be claimed is left out, and for how many at a time: they are
+#: told to each claim.
+REFUSED_FOR = 60.0
+MOST_REFUSED = 1000
 
 Claimed = t.TypeVar("Claimed")
 
@@ -23,67 +29,104 @@ class Claimer:
 
     :param channels: whose tasks.
     :param marks: where to start.
+    :param batch_size: how many tasks are claimed at once, at most.
+    :param given_up: keys of tasks that stay PROCESSING although they run no more.
     """
 
-    def __init__(self, queue: Queue, channels: t.Sequence[str], marks: Marks) -> None:
+    def __init__(
+        self,
+        queue: Queue,
+        channels: t.Sequence[str],
+        marks: Marks,
+        batch_size: int,
+        given_up: t.Collection[str],
+    ) -> None:
         self._queue = queue
         self._channels = channels
         self._marks = marks
-        #: How many tasks to claim one by one, for one of them cannot be claimed.
-        self._singly = 0
-        #: What has been said of that.
-        self._refused: set[str] = set()
+        self._batch_size = batch_size
+        self._given_up = given_up
+        #: How many tasks to claim at once: half as many where one of them cannot be claimed, and
+        #: twice as many where all can.
+        self._most = batch_size
+        #: The tasks that cannot be claimed, the first ones first, and until when they are left out.
+        self._refused: dict[str, float] = {}
+        #: Those that may be such tasks.
+        self._doubtful: set[str] = set()
+        #: Those of which it has been said.
+        self._said: set[str] = set()
 
     def at_once(self, wanted: int) -> int:
         """How many of so many tasks to claim with one statement."""
-        return min(wanted, 1) if self._singly > 0 else wanted
+        return min(wanted, self._most)
 
     def claim(self, connection: Connection, worker_id: uuid.UUID, limit: int) -> list[Claim] | None:
         """Claim up to ``limit`` tasks; None if the database does not let one of them be claimed.
-        The next call then finds out which one it is, or passes over it."""
-        self._singly = max(self._singly - 1, 0)
-        levels = self._marks.turn()
+        The next calls then find out which one it is, and leave it out."""
+        queries, levels, refused = self._queue.queries, self._marks.turn(), self._left_out()
         try:
-            return with_or_without_arguments(
-                functools.partial(self._queue.queries.claim, connection, worker_id, levels, limit)
+            claims = with_or_without_arguments(
+                functools.partial(queries.claim, connection, worker_id, levels, limit, refused)
             )
         except sa.exc.DBAPIError as error:
-            if not self._queue.queries.refuses(connection, error):
+            if not queries.refuses(connection, error):
                 raise
+            self._most = max(limit // 2, 1)
             if limit > 1:
-                self._singly = limit
-            else:
-                self._pass_over(connection, levels, error)
+                return None
+            front = queries.next(connection, levels, refused)
+            if front is None:
+                return []  # another worker is trying it
+            if self._leaves_out(front.id, error):
+                # There may be more of them than are left out.
+                self._marks.step_over(front)
             return None
+        self._most = min(2 * self._most, self._batch_size)
+        return claims
 
     def claim_suspect(self, connection: Connection, worker_id: uuid.UUID) -> Claim | None:
         """Claim one task that was in a crash, if there is one and it can be had."""
+        queries = self._queue.queries
+        wanted = self._channels, self._left_out(), self._given_up
         try:
             return with_or_without_arguments(
-                functools.partial(
-                    self._queue.queries.claim_suspect, connection, worker_id, self._channels
-                )
+                functools.partial(queries.claim_suspect, connection, worker_id, *wanted)
             )
         except sa.exc.DBAPIError as error:
-            if not self._queue.queries.refuses(connection, error):
+            if not queries.refuses(connection, error):
                 raise
-            self._log_refused("A task that was in a crash", error)
+            if (key := queries.next_suspect(connection, *wanted)) is not None:
+                self._leaves_out(key, error)
+                self._marks.look_soon()  # for the next one
             return None
 
-    def _pass_over(
-        self, connection: Connection, levels: t.Sequence[Level], error: sa.exc.DBAPIError
-    ) -> None:
-        """Pass over the one task whose claim was refused."""
-        front = self._queue.queries.next(connection, levels)
-        if front is None:
-            raise error
-        self._marks.step_over(front)
-        self._log_refused(f"Task {front.id}", error)
+    def look(self, connection: Connection) -> Look:
+        """Look from the front of the queue for what can be claimed."""
+        return self._queue.queries.look(
+            connection, self._channels, self._left_out(), self._given_up
+        )
 
-    def _log_refused(self, what: str, error: sa.exc.DBAPIError) -> None:
-        if what not in self._refused:
-            self._refused.add(what)
-            log.error("%s cannot be claimed: %s", what, reason(error))
+    def _left_out(self) -> list[str]:
+        """The tasks to leave out now."""
+        now = time.monotonic()
+        while self._refused and now >= next(iter(self._refused.values())):
+            del self._refused[next(iter(self._refused))]
+        return list(self._refused)
+
+    def _leaves_out(self, key: str, error: sa.exc.DBAPIError) -> bool:
+        """Leave out a task that came first after a claim was refused, and tell whether: it must
+        happen twice, for a task may come first that was not there yet when the claim was made."""
+        if key not in self._doubtful:
+            self._doubtful.add(key)
+            return False
+        self._doubtful.clear()
+        if len(self._refused) == MOST_REFUSED:
+            del self._refused[next(iter(self._refused))]
+        self._refused[key] = time.monotonic() + REFUSED_FOR
+        if key not in self._said:
+            self._said.add(key)
+            log.error("Task %s cannot be claimed: %s", key, reason(error))
+        return True
 
 
 def with_or_without_arguments(claim: t.Callable[..., Claimed]) -> Claimed:

@@ -55,6 +55,9 @@ class Queries:
         # which must differ from each other, begin anew.
         self._names["most"] = str(2**31 - 1)
         has_parent = "parent_id" in models.task.__table__.c
+        # What the database does not let be claimed is left out by whatever looks for what waits.
+        # An array that is empty, as nearly always, costs nothing.
+        self._names["claimable"] = "t.id <> ALL (CAST(:refused AS uuid[]))"
 
         # A claim is one statement in autocommit: one round trip, and no transaction that a frozen
         # worker could hold open. The inner part walks the levels in turn and stops at the limit;
@@ -79,7 +82,7 @@ class Queries:
                 WHERE t.state = 'PENDING'
                   AND t.channel = level.channel AND t.priority = level.priority
                   AND (t.scheduled_at, t.id) > (to_timestamp(level.at), level.id)
-                  AND t.scheduled_at <= now() AND t.crashes < 1
+                  AND t.scheduled_at <= now() AND t.crashes < 1 AND {claimable}
                 ORDER BY t.scheduled_at, t.id LIMIT :limit
                 FOR NO KEY UPDATE SKIP LOCKED
             ) AS picked
@@ -98,21 +101,23 @@ class Queries:
         # The arguments of a claim that is without.
         self._arguments = self._text("SELECT CAST(kwargs AS text) FROM {tasks} WHERE id = :id")
 
-        # The channels in which no task that was in a crash runs. OFFSET keeps them by themselves:
-        # asked anew for each of the thousand tasks that a crash may leave, it would be asked a
-        # thousand times a thousand rows.
+        # The channels in which no task that was in a crash runs. One of which nothing could be
+        # written is PROCESSING, and runs no more. OFFSET keeps them by themselves: asked anew for
+        # each of the thousand tasks that a crash may leave, it would be asked a thousand times a
+        # thousand rows.
         self._names["free"] = """(
             SELECT wanted.channel
             FROM unnest(CAST(:channels AS text[])) AS wanted (channel)
             WHERE NOT EXISTS (
                 SELECT FROM {tasks} AS other
                 WHERE other.state = 'PROCESSING' AND other.crashes > 0
-                  AND other.channel = wanted.channel AND NOT other.parked)
+                  AND other.channel = wanted.channel AND NOT other.parked
+                  AND other.id <> ALL (CAST(:given_up AS uuid[])))
             OFFSET 0
         ) AS free""".format(**self._names)
         self._names["suspects"] = """{tasks} AS t
             WHERE t.state = 'PENDING' AND t.crashes > 0
-              AND t.channel = free.channel AND t.scheduled_at <= now()
+              AND t.channel = free.channel AND t.scheduled_at <= now() AND {claimable}
         """.format(**self._names)
 
         # A task that was in a crash is claimed and run alone. One worker at a time is so occupied
@@ -120,17 +125,21 @@ class Queries:
         claim_suspect = """
             UPDATE {tasks} SET state = 'PROCESSING', worker_id = :worker_id,
                 claims = claims % {most} + 1, parked = false, started_at = now()
-            WHERE ctid = ANY (ARRAY(
-                SELECT suspect.ctid FROM {free} CROSS JOIN LATERAL (
-                    SELECT t.ctid FROM {suspects}
-                    ORDER BY t.scheduled_at, t.id LIMIT 1
-                    FOR NO KEY UPDATE SKIP LOCKED
-                ) AS suspect
-                LIMIT 1
-            ))
+            WHERE ctid = ANY (ARRAY(SELECT suspect.ctid {suspect}))
         """
+        self._names["suspect"] = """
+            FROM {free} CROSS JOIN LATERAL (
+                SELECT t.ctid, t.id FROM {suspects}
+                ORDER BY t.scheduled_at, t.id LIMIT 1
+                FOR NO KEY UPDATE SKIP LOCKED
+            ) AS suspect
+            LIMIT 1
+        """.format(**self._names)
         self._claim_suspect = self._returning_claims(claim_suspect)
         self._claim_suspect_bare = self._returning_claims(claim_suspect, arguments=False)
+
+        # Which one that would take.
+        self._next_suspect = self._text("SELECT CAST(suspect.id AS text) AS key {suspect}")
 
         # The look from the front: the first waiting row of each channel and priority, by hopping
         # through the index from one to the next (a loose index scan), and when the next task
@@ -143,14 +152,14 @@ class Queries:
             FROM unnest(CAST(:channels AS text[])) AS wanted (channel)
             CROSS JOIN LATERAL (
                 WITH RECURSIVE front AS (
-                    (SELECT channel, priority, scheduled_at, id FROM {tasks}
-                     WHERE state = 'PENDING' AND channel = wanted.channel
+                    (SELECT channel, priority, scheduled_at, id FROM {tasks} AS t
+                     WHERE state = 'PENDING' AND channel = wanted.channel AND {claimable}
                      ORDER BY priority, scheduled_at, id LIMIT 1)
                     UNION ALL
                     SELECT later.* FROM front CROSS JOIN LATERAL (
-                        SELECT channel, priority, scheduled_at, id FROM {tasks}
+                        SELECT channel, priority, scheduled_at, id FROM {tasks} AS t
                         WHERE state = 'PENDING' AND channel = wanted.channel
-                          AND priority > front.priority
+                          AND priority > front.priority AND {claimable}
                         ORDER BY priority, scheduled_at, id LIMIT 1
                     ) AS later
                 )
@@ -403,16 +412,18 @@ class Queries:
         worker_id: uuid.UUID,
         levels: t.Sequence[Level],
         limit: int,
+        refused: t.Collection[str] = (),
         *,
         arguments: bool = True,
     ) -> list[Claim]:
         """Claim up to ``limit`` due tasks behind the levels' marks, in the queue's order.
 
+        :param refused: keys of tasks to leave out.
         :param arguments: whether the claims bring the tasks' arguments.
         """
         rows = connection.execute(
             self._claim if arguments else self._claim_bare,
-            {"worker_id": worker_id, **behind(levels, limit)},
+            {"worker_id": worker_id, **behind(levels, limit, refused)},
         )
         claims = [Claim(*row) for row in rows.all()]
         claims.sort(key=lambda claim: (claim.priority, claim.scheduled_at, claim.key))
@@ -423,33 +434,59 @@ class Queries:
         connection: Connection,
         worker_id: uuid.UUID,
         channels: t.Sequence[str],
+        refused: t.Collection[str] = (),
+        given_up: t.Collection[str] = (),
         *,
         arguments: bool = True,
     ) -> Claim | None:
-        """Claim one due task that was in a crash, unless another such task runs."""
+        """Claim one due task that was in a crash, unless another such task runs.
+
+        :param refused: keys of tasks to leave out.
+        :param given_up: keys of such tasks that run no more, although they are PROCESSING.
+        """
         row = connection.execute(
             self._claim_suspect if arguments else self._claim_suspect_bare,
-            {"worker_id": worker_id, "channels": list(channels)},
+            {"worker_id": worker_id, **suspects(channels, refused, given_up)},
         ).first()
         return None if row is None else Claim(*row)
 
-    def next(self, connection: Connection, levels: t.Sequence[Level]) -> Front | None:
+    def next(
+        self, connection: Connection, levels: t.Sequence[Level], refused: t.Collection[str]
+    ) -> Front | None:
         """Return the first task that :meth:`claim` would claim."""
-        row = connection.execute(self._next, behind(levels, 1)).first()
+        row = connection.execute(self._next, behind(levels, 1, refused)).first()
         return None if row is None else Front(*row)
+
+    def next_suspect(
+        self,
+        connection: Connection,
+        channels: t.Sequence[str],
+        refused: t.Collection[str],
+        given_up: t.Collection[str],
+    ) -> str | None:
+        """Return the key of the task that :meth:`claim_suspect` would claim."""
+        row = connection.execute(self._next_suspect, suspects(channels, refused, given_up)).first()
+        return None if row is None else str(row.key)
 
     def arguments(self, connection: Connection, claim: Claim) -> str:
         """Return the arguments of a claimed task as JSON."""
         return t.cast(str, connection.execute(self._arguments, {"id": claim.id}).scalar_one())
 
-    def look(self, connection: Connection, channels: t.Sequence[str]) -> Look:
-        """Look from the front of the channels' queues."""
-        rows = connection.execute(self._look, {"channels": list(channels)}).all()
-        suspects = connection.execute(self._suspects, {"channels": list(channels)}).scalar_one()
+    def look(
+        self,
+        connection: Connection,
+        channels: t.Sequence[str],
+        refused: t.Collection[str] = (),
+        given_up: t.Collection[str] = (),
+    ) -> Look:
+        """Look from the front of the channels' queues, as :meth:`claim_suspect` does."""
+        wanted = suspects(channels, refused, given_up)
+        rows = connection.execute(self._look, wanted).all()
+        any_suspect = connection.execute(self._suspects, wanted).scalar_one()
         return Look(
             [Front(row.channel, row.priority, row.at, row.id, row.due_in) for row in rows],
             min((row.next_due for row in rows if row.next_due is not None), default=None),
-            suspects,
+            any_suspect,
         )
 
     def finish(
@@ -625,15 +662,23 @@ def quote(table: sa.Table) -> str:
     return str(preparer.format_table(table)).replace("%%", "%").replace(":", r"\:")
 
 
-def behind(levels: t.Sequence[Level], limit: int) -> dict[str, t.Any]:
-    """How a claim is told where the levels' marks are."""
+def behind(levels: t.Sequence[Level], limit: int, refused: t.Collection[str]) -> dict[str, t.Any]:
+    """How a claim is told where the levels' marks are, and what to leave out."""
     return {
         "channels": [level.channel for level in levels],
         "priorities": [level.priority for level in levels],
         "ats": [level.at for level in levels],
         "ids": [level.id for level in levels],
         "limit": limit,
+        "refused": array(refused),
     }
+
+
+def suspects(
+    channels: t.Sequence[str], refused: t.Collection[str], given_up: t.Collection[str]
+) -> dict[str, t.Any]:
+    """How it is told where to look for a task that was in a crash."""
+    return {"channels": list(channels), "refused": array(refused), "given_up": array(given_up)}
 
 
 def epoch(moment: str) -> str:

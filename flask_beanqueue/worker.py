@@ -107,7 +107,9 @@ class Worker:
         )
         self._writer = Writer(app, queue, config.BATCH_SIZE, self._released)
         self._marks = Marks(self.channels)
-        self._claimer = Claimer(queue, self.channels, self._marks)
+        self._claimer = Claimer(
+            queue, self.channels, self._marks, config.BATCH_SIZE, self._writer.given_up
+        )
         self._suspect = Suspect()
         self._source = source or self.listener()
         self._line = Line(engine)
@@ -370,7 +372,7 @@ class Worker:
         :return: whether there is anything to claim.
         """
         start = time.monotonic()
-        look = self.queue.queries.look(connection, self.channels)
+        look = self._claimer.look(connection)
         now = time.monotonic()
         due = self._marks.seen(look, now - start)
         self._looked = True

@@ -65,8 +65,8 @@ class Writer:
         self._unsure: set[Claim] = set()
         #: What is still to be tried where the database refuses an outcome.
         self._fallbacks: dict[Claim, t.Iterator[Outcome]] = {}
-        #: Tasks of which nothing could be written.
-        self._given_up: set[str] = set()
+        #: Tasks of which nothing could be written; they stay PROCESSING.
+        self.given_up: set[str] = set()
 
     @property
     def next_try(self) -> float:
@@ -131,7 +131,7 @@ class Writer:
         """
         orphans = None
         while orphans is None or len(orphans) == TAKE_OVER_SIZE:
-            known = {claim.key for claim in self._in_hand} | self._given_up
+            known = {claim.key for claim in self._in_hand} | self.given_up
             orphans = self._queue.queries.orphans(connection, TAKE_OVER_SIZE, known)
             for claim, left in orphans:
                 self.add(
@@ -146,7 +146,7 @@ class Writer:
         strays = [
             claim
             for claim in mine
-            if (claim.key, claim.claims) not in known and claim.key not in self._given_up
+            if (claim.key, claim.claims) not in known and claim.key not in self.given_up
         ]
         self.held.update(strays)
         self.give_back(strays)
@@ -238,7 +238,7 @@ class Writer:
             self.add(instead)
             return
         log.error("%s stays %s: nothing can be written of it", claim.label, PROCESSING)
-        self._given_up.add(claim.key)
+        self.given_up.add(claim.key)
         self.release(claim)
 
     def _unlocked(self, connection: Connection, part: list[Outcome]) -> list[Outcome]:

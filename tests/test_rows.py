@@ -203,12 +203,12 @@ def others_get_done(
 ) -> Callable[..., None]:
     """Work, and see that tasks that come after odd rows get done, and of those none."""
 
-    def check(**options: Any) -> None:
+    def check(number: int = 50, **options: Any) -> None:
         with app.app_context():
-            after.enqueue_many([{}] * 50)
+            after.enqueue_many([{}] * number)
             db.session.commit()
         work(**options)
-        assert texts(app, db, Note) == ["after"] * 50
+        assert texts(app, db, Note) == ["after"] * number
 
     return check
 
@@ -230,8 +230,8 @@ def test_a_row_that_a_rule_does_not_let_be_claimed_disturbs_nobody(
     assert query(
         database_url, "SELECT state, count(*) FROM bq_tasks GROUP BY state ORDER BY state"
     ) == [("DONE", 50), ("PENDING", 3)]
-    for what in ["A task that was in a crash"] if crashes else rows:
-        assert caplog.text.count(f"{what} cannot be claimed: new row for relation") == 1
+    for row in rows:
+        assert caplog.text.count(f"Task {row} cannot be claimed: new row for relation") == 1
 
 
 #: What a trigger may answer, and some of what else comes back from a statement that is refused.
@@ -250,6 +250,32 @@ def test_a_row_that_a_trigger_does_not_let_be_claimed_disturbs_nobody_whatever_i
     others_get_done()
     states = query(database_url, "SELECT state FROM bq_tasks WHERE func_name = 'odd'")
     assert states == [("PENDING",)] * len(CODES)
+
+
+def test_more_rows_that_cannot_be_claimed_than_are_left_out_disturb_nobody(
+    others_get_done: Callable[..., None], database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flask_beanqueue.claimer.MOST_REFUSED", 2)
+    query(
+        database_url,
+        "ALTER TABLE bq_tasks ADD CHECK (func_name <> 'odd' OR state = 'PENDING') NOT VALID",
+    )
+    for _ in range(5):
+        insert(database_url)
+    others_get_done()
+
+
+@pytest.mark.parametrize("column", ["NEW", "OLD"], ids=["claimed", "ended"])
+def test_a_task_that_was_in_a_crash_and_cannot_be_written_holds_up_no_other_that_was(
+    others_get_done: Callable[..., None], database_url: str, column: str
+) -> None:
+    """They are run one at a time."""
+    condition = f"NEW.func_name = 'odd' AND {column}.state = 'PROCESSING'"
+    body = "RAISE EXCEPTION 'no'"
+    query(database_url, trigger("refuse", "BEFORE UPDATE ON bq_tasks", body, condition=condition))
+    insert(database_url, crashes=1)
+    query(database_url, "ALTER TABLE bq_tasks ALTER crashes SET DEFAULT 1")
+    others_get_done(number=3)
 
 
 @pytest.mark.slow

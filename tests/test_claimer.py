@@ -1,0 +1,135 @@
+"""The claimer by itself, where the database does not let all tasks be claimed."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from flask import Flask
+from sqlalchemy.engine import Connection
+
+from flask_beanqueue import BeanQueue, claimer
+from flask_beanqueue.claimer import Claimer
+from flask_beanqueue.connection import connect
+from flask_beanqueue.marks import Marks
+from flask_beanqueue.models import uuid7
+
+from .probe import query
+from .triggers import trigger
+
+
+class Claiming:
+    """A worker of which there is nothing but its claimer, and the tasks 0 to 9."""
+
+    def __init__(self, bq: BeanQueue, connection: Connection, url: str) -> None:
+        self.connection = connection
+        self.marks = Marks(["default"])
+        self.claimer = Claimer(bq, ["default"], self.marks, 100, ())
+        self.worker_id = uuid7()
+        bq.queries.add_worker(connection, self.worker_id, "worker", ["default"])
+        query(
+            url,
+            "INSERT INTO bq_tasks (module, func_name, scheduled_at)"
+            " SELECT 'a', n, now() - (11 - n) * interval '1 hour' FROM generate_series(0, 9) AS n",
+        )
+
+    def look(self) -> bool:
+        return self.marks.seen(self.claimer.look(self.connection), 0.0)
+
+    def claim(self) -> tuple[list[str], int]:
+        """What is claimed until there is no more, and with how many calls."""
+        found, calls, last = [], 0, None
+        while last != []:
+            calls += 1
+            last = self.claim_once()
+            found += last or []
+        return found, calls
+
+    def claim_once(self) -> list[str] | None:
+        wanted = self.claimer.at_once(100)
+        claims = self.claimer.claim(self.connection, self.worker_id, wanted)
+        if claims is None:
+            return None
+        self.marks.passed(claims, wanted)
+        return [claim.func_name for claim in claims]
+
+
+@pytest.fixture
+def claiming(app: Flask, bq: BeanQueue, database_url: str) -> Iterator[Claiming]:
+    with contextlib.closing(connect(bq.engine(app))) as connection:
+        yield Claiming(bq, connection, database_url)
+
+
+@pytest.fixture
+def refuse(database_url: str) -> None:
+    """A trigger lets task 5 not be claimed."""
+    body = "RAISE EXCEPTION 'no'"
+    on = "BEFORE UPDATE ON bq_tasks"
+    query(database_url, trigger("refuse", on, body, condition="NEW.func_name = '5'"))
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> Any:
+    now = types.SimpleNamespace(at=0.0)
+    clock = types.SimpleNamespace(monotonic=lambda: now.at)
+    monkeypatch.setattr(claimer, "time", clock)
+    return now
+
+
+def test_a_task_that_cannot_be_claimed_is_left_out_for_a_while(
+    claiming: Claiming, refuse: None, now: Any, database_url: str
+) -> None:
+    assert claiming.claim()[0] == [str(n) for n in range(10) if n != 5]
+    query(database_url, "DROP TRIGGER refuse ON bq_tasks")
+    assert not claiming.look()
+    assert claiming.claim() == ([], 1)
+    now.at = claimer.REFUSED_FOR
+    assert claiming.look()
+    assert claiming.claim()[0] == ["5"]
+
+
+def test_what_is_left_out_makes_nothing_slower(
+    claiming: Claiming, refuse: None, now: Any, database_url: str
+) -> None:
+    """Many are claimed at once again, though the claims start at the front."""
+    claiming.claim()
+    for _ in range(3):
+        query(database_url, "UPDATE bq_tasks SET state = 'PENDING' WHERE func_name <> '5'")
+        assert claiming.look()
+        found, calls = claiming.claim()
+        assert len(found) == 9
+    assert calls == 2, "with all of them, and nothing"
+
+
+def test_a_task_that_came_first_after_the_claim_was_refused_is_not_left_out(
+    claiming: Claiming, refuse: None, bq: BeanQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = bq.queries.next
+    late = [
+        "INSERT INTO bq_tasks (module, func_name, scheduled_at)"
+        " VALUES ('a', 'late', now() - interval '390 minutes')"
+    ]
+
+    def find_later(connection: Connection, *args: Any) -> Any:
+        if late:
+            connection.exec_driver_sql(late.pop())
+        return find(connection, *args)
+
+    monkeypatch.setattr(bq.queries, "next", find_later)
+    assert claiming.claim()[0] == ["0", "1", "2", "3", "4", "late", "6", "7", "8", "9"]
+
+
+@pytest.mark.parametrize("limit", [1, 100])
+def test_a_claim_that_does_not_fit_the_tables_says_so(
+    claiming: Claiming, database_url: str, limit: int
+) -> None:
+    """That is no task's fault, and no waiting helps."""
+    query(database_url, "ALTER TABLE bq_tasks RENAME interruptions TO breaks")
+    with pytest.raises(sa.exc.ProgrammingError, match="interruptions does not exist"):
+        claiming.claimer.claim(claiming.connection, claiming.worker_id, limit)
+    with pytest.raises(sa.exc.ProgrammingError, match="interruptions does not exist"):
+        claiming.claimer.claim_suspect(claiming.connection, claiming.worker_id)
