@@ -117,7 +117,8 @@ class Marks:
                 level.return_()
 
     def step_over(self, front: Front) -> None:
-        """Move a mark behind a task that cannot be claimed. A look finds it again."""
+        """Move a mark behind a task that cannot be claimed. A look finds it again, once it is not
+        left out any more."""
         at = front.at if front.at > EXACT_SINCE else front.at + 1e-3
         self._levels[front.channel, front.priority].mark = at, front.id
 

@@ -221,13 +221,13 @@ class Writer:
     def _stall(self, outcome: Outcome, error: BaseException) -> None:
         """Keep an outcome for later, and with it others like it: they would take as long. It is the
         last one then, for another one may have nothing to wait for."""
-        self._stalled.add(outcome.claim)
         others = [
             each
             for each in self._backlog.values()
             if each.claim in self._stalled and each is not outcome
         ]
         self._keep([*others, outcome], reason(error))
+        self._stalled.add(outcome.claim)
 
     def _fall_back(self, outcome: Outcome, error: BaseException) -> None:
         """Let something else be written in place of an outcome that the database refuses."""
@@ -254,7 +254,7 @@ class Writer:
         """Keep what cannot be written now for later."""
         for outcome in part:
             claim = outcome.claim
-            if claim not in self._locked:
+            if claim not in self._locked and claim not in self._stalled:
                 log.warning(
                     "%s cannot be ended yet: %s",
                     claim.label,

@@ -253,6 +253,7 @@ def test_outcomes_that_take_too_long_are_kept_each_gets_its_turn_and_others_go_o
         db.session.expire_all()
         assert [task.state for task in tasks] == ["PENDING", "PROCESSING", *["PENDING"] * 3]
         assert [task.crashes for task in tasks] == [1, 0, 1, 1, 1]
+        assert caplog.text.count("cannot be ended yet") == 2, "each time anew"
 
 
 def test_no_outcome_is_given_up_because_none_can_be_written(
