@@ -9,8 +9,22 @@ import signal
 import types
 import typing as t
 
-#: The signals that make a process leave, each with the other one.
-OTHER: dict[int, int] = {signal.SIGTERM: signal.SIGINT, signal.SIGINT: signal.SIGTERM}
+#: The signals that make a process leave, each with another one. A terminal that is closed sends
+#: SIGHUP, perhaps twice: its shell does so, too.
+OTHER: dict[int, int] = {
+    signal.SIGTERM: signal.SIGINT,
+    signal.SIGINT: signal.SIGTERM,
+    signal.SIGHUP: signal.SIGTERM,
+}
+
+
+def heeded() -> list[int]:
+    """Those of them that this process heeds: not SIGHUP if it was started with nohup."""
+    return [
+        number
+        for number in OTHER
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
+    ]
 
 
 class Summons:
@@ -27,13 +41,14 @@ class Summons:
 
     def count(self, number: int) -> tuple[bool, bool]:
         """Count a signal; tell whether it is the first of all, and whether it comes again."""
-        return next(self._all) == 0, next(self._each[number]) > 0
+        first, again = next(self._all) == 0, next(self._each[number]) > 0
+        return first, again and number != signal.SIGHUP
 
 
 def end_on_signals() -> None:
     """In a process that will work: let signals end it well before and after the worker's own
     handlers, when there is nothing to lose."""
-    for number in OTHER:
+    for number in heeded():
         signal.signal(number, lambda *_: os._exit(0))
 
 
@@ -54,7 +69,7 @@ class Relay:
 
     def listen(self) -> None:
         """From now on, pass on what comes."""
-        for number in OTHER:
+        for number in heeded():
             signal.signal(number, self.stop)
 
     @contextlib.contextmanager

@@ -34,7 +34,7 @@ from .models import uuid7
 from .queries import application_name
 from .queue import Queue
 from .registry import Registry
-from .shutdown import OTHER, Summons
+from .shutdown import Summons, heeded
 from .suspect import Suspect
 from .version import __version__
 from .writer import Writer
@@ -257,12 +257,13 @@ class Worker:
             if first or again:
                 self.stop(at_once=again)
 
-        before = [signal.signal(number, handler) for number in OTHER]
+        numbers = heeded()
+        before = [signal.signal(number, handler) for number in numbers]
         try:
             with self._bell.rung_by_signals():
                 yield
         finally:
-            for number, previous in zip(OTHER, before, strict=True):
+            for number, previous in zip(numbers, before, strict=True):
                 # None: by something that is not Python.
                 signal.signal(number, signal.SIG_DFL if previous is None else previous)
 

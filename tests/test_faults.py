@@ -549,7 +549,11 @@ def test_processes_leave_when_their_supervisor_is_killed(
     probe.wait("child-2 SHUTDOWN")
 
 
-@with_each_signal
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, signal.SIGINT, signal.SIGHUP],
+    ids=["SIGTERM", "SIGINT", "SIGHUP"],
+)
 @sent_either_way
 def test_a_signal_lets_the_running_tasks_of_all_processes_end(
     app: Flask,

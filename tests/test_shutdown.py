@@ -87,6 +87,29 @@ def test_the_first_signal_to_a_worker_that_stops_already_is_no_impatience(
         assert worker._grace_until <= time.monotonic()
 
 
+def test_a_terminal_that_is_closed_makes_a_worker_leave_and_is_never_impatient(
+    app: Flask, bq: BeanQueue
+) -> None:
+    worker = bq.worker(["default"], app=app)
+    with worker._bell, worker._signal_handlers():
+        call_handler(signal.SIGHUP)
+        call_handler(signal.SIGHUP)
+        assert worker._stopping
+        assert worker._grace_until > time.monotonic()
+
+
+def test_nohup_lets_a_worker_outlive_its_terminal(app: Flask, bq: BeanQueue) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        worker = bq.worker(["default"], app=app)
+        with worker._bell, worker._signal_handlers():
+            signal.raise_signal(signal.SIGHUP)
+            assert not worker._stopping
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture
 def unheeded() -> Iterator[int]:
     """A signal whose handler does nothing, as if Python had not come to call it yet."""
