@@ -21,13 +21,14 @@ def conduct(name: str, **env: str) -> Verdict:
 
 
 FROZEN = "a worker frozen and woken, in turn"
+LISTENERS = "LISTEN connections killed, each second"
 KILLED = "a worker killed, every two seconds"
 
 
 @pytest.mark.parametrize("name", [FROZEN, KILLED])
 def test_with_all_safeguards_nothing_is_lost_or_doubled(name: str) -> None:
     verdict = conduct(name)
-    assert (verdict.lost, verdict.doubled) == (0, 0)
+    assert (verdict.lost, verdict.doubled, verdict.unfinished) == (0, 0, 0)
     assert verdict.faults == 3
     assert verdict.tasks > 500
 
@@ -39,6 +40,16 @@ def test_without_the_fence_a_trial_finds_doubles() -> None:
 def test_without_the_rescue_a_trial_finds_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "PATIENCE", 10.0)
     assert conduct(KILLED, CHAOS_WITHOUT="rescue").lost > 0
+
+
+def test_without_the_outcomes_of_plain_tasks_a_trial_finds_them_unfinished(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Although each sale has been seen to, once."""
+    monkeypatch.setattr(trial, "PATIENCE", 10.0)
+    verdict = conduct(LISTENERS, CHAOS_WITHOUT="plain")
+    assert (verdict.lost, verdict.doubled) == (0, 0)
+    assert verdict.unfinished > 0
 
 
 def test_the_rate_is_back_when_it_stays_so() -> None:

@@ -29,8 +29,10 @@ class Verdict:
     tasks: int
     #: Sales that were told to be committed and are gone, or have not been seen to.
     lost: int
-    #: Shipments beyond one for each sale.
+    #: Shipments beyond one for each sale, and letters about what was never sold.
     doubled: int
+    #: Tasks that are not done, whatever became of the sale.
+    unfinished: int
     #: Letters beyond one for each sale, which are allowed.
     posted_again: int
     #: Sales that were refused, or whose fate was not told.
@@ -116,8 +118,10 @@ class Ledger:
         return len(self.told - self.sold) + self.open_sales()
 
     def doubled(self) -> int:
-        shipped, sold = self.shipped, self.sold
-        return sum(count - (number in sold) for number, count in shipped.items())
+        shipped, posted, sold = self.shipped, self.posted, self.sold
+        return sum(count - (number in sold) for number, count in shipped.items()) + sum(
+            count for number, count in posted.items() if number not in sold
+        )
 
 
 def rate(times: list[float], start: float, end: float) -> float:

@@ -10,8 +10,9 @@ from pathlib import Path
 from .ledger import Verdict
 
 HEAD = (
-    "| scenario | faults | tasks | lost | doubled | recovery | after / before | remarks |\n"
-    "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |"
+    "| scenario | faults | tasks | lost | doubled | unfinished | recovery | after / before |"
+    " remarks |\n"
+    "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |"
 )
 
 
@@ -22,6 +23,7 @@ def row(verdict: Verdict) -> str:
         f"{verdict.tasks:,}",
         str(verdict.lost),
         str(verdict.doubled),
+        str(verdict.unfinished),
         "never" if verdict.recovery is None else f"{verdict.recovery:.1f} s",
         f"{verdict.ratio:.2f} ({verdict.after:.0f}/s)",
         "; ".join(verdict.remarks),
@@ -30,11 +32,9 @@ def row(verdict: Verdict) -> str:
 
 
 def total(verdicts: list[Verdict]) -> str:
-    faults, tasks, lost, doubled = (
-        sum(getattr(each, name) for each in verdicts)
-        for name in ("faults", "tasks", "lost", "doubled")
-    )
-    return f"{faults:,} faults, {tasks:,} tasks, {lost} lost, {doubled} doubled."
+    names = "faults", "tasks", "lost", "doubled", "unfinished"
+    sums = [f"{sum(getattr(each, name) for each in verdicts):,} {name}" for name in names]
+    return f"{', '.join(sums)}."
 
 
 def table(verdicts: Iterable[Verdict]) -> str:

@@ -155,13 +155,18 @@ def conduct(scenario: Scenario, system_name: str, *, hasty: bool = False) -> Ver
         shop.close()
         (folder / "closing").touch()
         with contextlib.suppress(TimeoutError):
-            wait_until(lambda: ledger.open_sales() == 0, "the end of all tasks", watch)
+            wait_until(
+                lambda: ledger.open_sales() == 0 and not system.undone(place.dsn),
+                "the end of all tasks",
+                watch,
+            )
         codes = watch.stop()
         if any(codes):
             trial.remarks.append(f"workers left with {codes}")
         if verbose := os.environ.get("CHAOS_OUTPUT"):
             Path(verbose).write_text("\n=====\n".join(watch.outputs))
-        sold = ledger.sold
+        sold, undone = ledger.sold, system.undone(place.dsn)
+        trial.remarks += [f"{count} tasks are {state}" for state, count in undone.items()]
         return Verdict(
             scenario=scenario.name,
             system=system.name,
@@ -169,6 +174,7 @@ def conduct(scenario: Scenario, system_name: str, *, hasty: bool = False) -> Ver
             tasks=len(sold),
             lost=ledger.lost(),
             doubled=ledger.doubled(),
+            unfinished=sum(undone.values()),
             posted_again=sum(ledger.posted.values()) - len(ledger.posted),
             refused=len(ledger.refused),
             recovery=None if back is None else back - over,

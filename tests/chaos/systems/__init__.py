@@ -36,8 +36,11 @@ class System(Protocol):
         :param processes: how many such workers, under one parent, where it has that.
         """
 
+    def undone(self, dsn: str) -> dict[str, int]:
+        """How many tasks are not done, by state."""
+
     def remarks(self, dsn: str) -> list[str]:
-        """What its own books say in the end."""
+        """What else its own books say in the end."""
 
     def close(self) -> None:
         """Let go of the database."""

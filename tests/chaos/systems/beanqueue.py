@@ -90,12 +90,15 @@ class BeanQueue:
             strict=False,
         )
 
-    def remarks(self, dsn: str) -> list[str]:
+    def undone(self, dsn: str) -> dict[str, int]:
         with cursor(dsn) as database:
             database.execute(
                 "SELECT state, count(*) FROM bq_tasks WHERE state <> 'DONE' GROUP BY state"
             )
-            return [f"{count} tasks are {state}" for state, count in database]
+            return dict(database.fetchall())
+
+    def remarks(self, dsn: str) -> list[str]:
+        return []
 
     def close(self) -> None:
         self._engine.dispose()

@@ -44,13 +44,16 @@ class Ours:
             prefix=prefix,
         )
 
-    def remarks(self, dsn: str) -> list[str]:
-        remarks = []
+    def undone(self, dsn: str) -> dict[str, int]:
         with cursor(dsn) as database:
             database.execute(
                 "SELECT state, count(*) FROM bq_tasks WHERE state <> 'DONE' GROUP BY state"
             )
-            remarks += [f"{count} tasks are {state}" for state, count in database]
+            return dict(database.fetchall())
+
+    def remarks(self, dsn: str) -> list[str]:
+        remarks = []
+        with cursor(dsn) as database:
             database.execute("SELECT count(*) FROM bq_tasks WHERE attempts > 1")
             [(attempts,)] = database
             database.execute("SELECT max(crashes), max(interruptions) FROM bq_tasks")

@@ -105,13 +105,16 @@ class Procrastinate:
             "-c", f"from {__name__} import work; work()", env=env, prefix=prefix, strict=False
         )
 
-    def remarks(self, dsn: str) -> list[str]:
+    def undone(self, dsn: str) -> dict[str, int]:
         with cursor(dsn) as database:
             database.execute(
                 "SELECT status, count(*) FROM procrastinate_jobs WHERE status <> 'succeeded'"
                 f" AND task_name <> '{retry_stalled_jobs.name}' GROUP BY status"
             )
-            return [f"{count} jobs are {status}" for status, count in database]
+            return dict(database.fetchall())
+
+    def remarks(self, dsn: str) -> list[str]:
+        return []
 
     def close(self) -> None:
         pass
