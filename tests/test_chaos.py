@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 
 import pytest
 
 from .chaos import trial
+from .chaos.__main__ import passed
 from .chaos.ledger import Verdict, rate, recovered
-from .chaos.scenarios import SCENARIOS
+from .chaos.scenarios import SCENARIOS, plain
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -30,7 +32,18 @@ def test_with_all_safeguards_nothing_is_lost_or_doubled(name: str) -> None:
     verdict = conduct(name)
     assert (verdict.lost, verdict.doubled, verdict.unfinished) == (0, 0, 0)
     assert verdict.faults == 3
+    assert passed(verdict, hasty=True), verdict.broken
     assert verdict.tasks > 500
+
+
+def test_a_trial_does_not_pass_if_workers_end_that_should_not() -> None:
+    def kill(here: trial.Trial) -> None:
+        here.fault()
+        here.workers[0].send(signal.SIGKILL)
+
+    verdict = trial.conduct(trial.Scenario("a surprise", kill, plain), "ours", hasty=True)
+    assert verdict.broken == ["workers ended with [-9] by themselves"]
+    assert not passed(verdict, hasty=True)
 
 
 def test_without_the_fence_a_trial_finds_doubles() -> None:

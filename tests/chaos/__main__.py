@@ -15,9 +15,10 @@ from .trial import conduct
 
 
 def passed(verdict: Verdict, *, hasty: bool) -> bool:
-    """Whether the books are right, and, where there is time to tell, the pace is back."""
+    """Whether the books are right, no other promise is broken, and, where there is time to tell,
+    the pace is back."""
     right = verdict.lost == verdict.doubled == verdict.unfinished == 0
-    return right and (hasty or verdict.recovery is not None)
+    return right and not verdict.broken and (hasty or verdict.recovery is not None)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -36,8 +37,8 @@ def main(
     """Put the queue through faults, and see what is lost, what is doubled and what it takes.
 
     A SCENARIO is any part of a scenario's name; without one, all of them come about. The exit code
-    is 1 if something was lost, doubled or left unfinished, or, unless it is to be hasty, if workers
-    did not come back to 95 % of their rate.
+    is 1 if something was lost, doubled or left unfinished, if another promise was broken, or,
+    unless it is to be hasty, if workers did not come back to 95 % of their rate.
     """
     chosen = [
         each for name, each in SCENARIOS.items() if not names or any(part in name for part in names)

@@ -42,6 +42,8 @@ class Verdict:
     #: Sales seen to in a second: before the faults, and once the rate is back, or at last.
     before: float
     after: float
+    #: What was promised besides, and is not so.
+    broken: list[str]
     #: What else there is to say.
     remarks: list[str]
 

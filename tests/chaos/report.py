@@ -26,7 +26,7 @@ def row(verdict: Verdict) -> str:
         str(verdict.unfinished),
         "never" if verdict.recovery is None else f"{verdict.recovery:.1f} s",
         f"{verdict.ratio:.2f} ({verdict.after:.0f}/s)",
-        "; ".join(verdict.remarks),
+        "; ".join([*(f"**{each}**" for each in verdict.broken), *verdict.remarks]),
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -34,7 +34,7 @@ def row(verdict: Verdict) -> str:
 def total(verdicts: list[Verdict]) -> str:
     names = "faults", "tasks", "lost", "doubled", "unfinished"
     sums = [f"{sum(getattr(each, name) for each in verdicts):,} {name}" for name in names]
-    return f"{', '.join(sums)}."
+    return f"{', '.join(sums)}, {sum(len(each.broken) for each in verdicts)} other promises broken."
 
 
 def table(verdicts: Iterable[Verdict]) -> str:

@@ -176,13 +176,13 @@ def use_up_connections(trial: Trial) -> None:
 # The workers.
 
 
-@scenario("a worker killed, once")
+@scenario("a worker killed, once", codes=[-9])
 def kill_worker(trial: Trial) -> None:
     trial.workers[0].send(signal.SIGKILL)
     trial.fault()
 
 
-@scenario("a worker killed, every two seconds")
+@scenario("a worker killed, every two seconds", codes=[-9])
 def kill_workers(trial: Trial) -> None:
     for each in trial.every(2, 10):
         trial.workers[each % len(trial.workers)].send(signal.SIGKILL)
@@ -201,7 +201,9 @@ def kill_processes(trial: Trial) -> None:
 
 
 @scenario(
-    "workers that kill themselves in claim, task, flush and commit", env={"CHAOS_FAIL_AT": "each"}
+    "workers that kill themselves in claim, task, flush and commit",
+    codes=[-9],
+    env={"CHAOS_FAIL_AT": "each"},
 )
 def fail_at_points(trial: Trial) -> None:
     time.sleep(5 if trial.hasty else 20)
@@ -217,7 +219,7 @@ def fail_at_points(trial: Trial) -> None:
     trial.remarks += [", ".join(f"{count} at {point}" for point, count in killed.items())]
 
 
-@scenario("a worker frozen and woken, in turn")
+@scenario("a worker frozen and woken, in turn", codes=[1])
 def freeze_workers(trial: Trial) -> None:
     """For longer than its heartbeat timeout."""
     for each in trial.every(1, 6):
@@ -228,7 +230,7 @@ def freeze_workers(trial: Trial) -> None:
         worker.thaw()
 
 
-@scenario("rolling restart of four workers", workers=4)
+@scenario("rolling restart of four workers", workers=4, codes=[0])
 def restart_workers(trial: Trial) -> None:
     """A deploy, twice: the next one is stopped when the one before is back."""
     for each in trial.every(0.5, 8):
@@ -240,7 +242,8 @@ def restart_workers(trial: Trial) -> None:
     with cursor(trial.place.dsn) as database:
         database.execute("SELECT count(*) FROM bq_tasks WHERE attempts > 1 OR crashes > 0")
         [(count,)] = database
-    trial.remarks.append(f"{count} attempts or crashes counted for it")
+    if count:
+        trial.broken.append(f"{count} tasks have an attempt or a crash counted for it")
 
 
 # What lies between, and around.
@@ -267,7 +270,7 @@ def fail_over(trial: Trial) -> None:
     trial.place.second.execute("SELECT pg_promote()")
 
 
-@scenario("behind PgBouncer: workers killed and frozen, backends killed", pooled)
+@scenario("behind PgBouncer: workers killed and frozen, backends killed", pooled, codes=[-9, 1])
 def trouble_behind_a_pooler(trial: Trial) -> None:
     for each in trial.every(2, 6):
         worker = trial.workers[each % len(trial.workers)]
@@ -282,7 +285,7 @@ def trouble_behind_a_pooler(trial: Trial) -> None:
         trial.fault()
 
 
-@scenario("clocks an hour off, one of two workers killed", other_clock)
+@scenario("clocks an hour off, one of two workers killed", other_clock, codes=[-9])
 def kill_worker_with_another_clock(trial: Trial) -> None:
     trial.fault(2)
     kill_worker(trial)
@@ -312,4 +315,6 @@ def be_busy(trial: Trial) -> None:
             time.sleep(0.1)
         database.execute("SELECT count(*) FROM bq_workers WHERE state = 'NO_HEARTBEAT'")
         [(dead,)] = database
-    trial.remarks.append(f"{dead} workers declared dead; longest silence {silence:.1f} s of 20")
+    if dead:
+        trial.broken.append(f"{dead} workers declared dead")
+    trial.remarks.append(f"longest silence {silence:.1f} s of 20")

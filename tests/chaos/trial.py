@@ -56,6 +56,7 @@ class Scenario:
     """One kind of fault.
 
     :param inject: injects it, as often as it says.
+    :param codes: with which exit codes workers end by it.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Scenario:
     workers: int = 2
     #: How many processes each worker has.
     processes: int = 1
+    codes: Sequence[int] = ()
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -75,6 +77,7 @@ class Trial:
         self.ledger = ledger
         self.watch = watch
         self.faults = 0
+        self.broken: list[str] = []
         self.remarks: list[str] = []
         #: Whether it is enough to see each fault a few times.
         self.hasty = hasty
@@ -162,7 +165,9 @@ def conduct(scenario: Scenario, system_name: str, *, hasty: bool = False) -> Ver
             )
         codes = watch.stop()
         if any(codes):
-            trial.remarks.append(f"workers left with {codes}")
+            trial.broken.append(f"workers left with {codes}")
+        if odd := sorted(set(watch.codes) - set(scenario.codes)):
+            trial.broken.append(f"workers ended with {odd} by themselves")
         if verbose := os.environ.get("CHAOS_OUTPUT"):
             Path(verbose).write_text("\n=====\n".join(watch.outputs))
         sold, undone = ledger.sold, system.undone(place.dsn)
@@ -180,6 +185,7 @@ def conduct(scenario: Scenario, system_name: str, *, hasty: bool = False) -> Ver
             recovery=None if back is None else back - over,
             before=before,
             after=after,
+            broken=trial.broken,
             remarks=trial.remarks + system.remarks(place.dsn),
         )
 
