@@ -97,7 +97,7 @@ class Heartbeat(threading.Thread):
         since = max(now, self._modest_until)
         self._silent = {each: self._silent.get(each, since) for each in silent}
         dead = [each for each, at in self._silent.items() if now - at >= patience]
-        buried = self._bury(connection, dead) if alive and dead else False
+        buried = self._bury(connection, dead) if dead else False
         if buried or now >= self._next_termination:
             self._next_termination = now + timeout
             self._terminate(connection)

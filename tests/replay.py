@@ -1,9 +1,12 @@
 """The model's steps, taken by the package itself, on a PostgreSQL.
 
-What the loop, the crew and the heartbeat call in the package is called here, one call for each
-step, by workers that have all that a worker has but time: a writer, an executor, threads and
-connections of their own. A process that is frozen is one that is not told to go on. A connection
-is lost by shutting down the socket on the client's side.
+Workers are the package's, with all that they have but time: nothing in them runs by itself. The
+steps are taken by the executor with its fence, the writer, ``Heartbeat.beat``,
+``Worker._come_back``, ``_take_over`` and ``_give_back_strays``, and by the statements of
+``queries`` for claiming, coming and going. In place of the loop, the replay decides which step is
+next, what is given back, and when a worker may leave; in place of the crew, it has threads of its
+own. A process that is frozen is one that is not told to go on. A connection is lost by shutting
+down the socket on the client's side.
 """
 
 from __future__ import annotations
@@ -13,7 +16,10 @@ import os
 import queue
 import socket
 import threading
+import time
+import types
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 import sqlalchemy as sa
@@ -24,6 +30,7 @@ from flask_beanqueue import BeanQueue, LimitAttempt, task_failed, task_retried, 
 from flask_beanqueue.claim import Claim
 from flask_beanqueue.connection import Line, connect, named
 from flask_beanqueue.executor import Executor
+from flask_beanqueue.heartbeat import Heartbeat
 from flask_beanqueue.marks import Level
 from flask_beanqueue.models import DONE, FAILED, PENDING, RUNNING, uuid7
 from flask_beanqueue.queries import application_name
@@ -118,17 +125,49 @@ class Unanswered:
 
 
 class Worker:
-    """What a worker has, without its loop."""
+    """What a worker has, without its loop.
 
-    def __init__(self, bq: BeanQueue, app: Flask, worker_id: uuid.UUID, line: Line) -> None:
+    :param line: the loop's connection.
+    :param control: what the heartbeat has for its own, so that it need not be lost and made again.
+    """
+
+    def __init__(
+        self, bq: BeanQueue, app: Flask, worker_id: uuid.UUID, line: Line, control: Any
+    ) -> None:
         self.id = worker_id
         self.line = line
         self.app = app
         self.executor = Executor(app, bq, bq.registry, bq.config(app))
-        self.writer = Writer(app, bq, 500, lambda claim, waits: None)
+        self.package: Any = bq.worker(["default"], app=app)
+        self.package.takes_place(worker_id, ())
+        self.package._line = line
+        self.writer: Writer = self.package._writer
+        #: How often the heartbeat told that it has declared others dead.
+        self.burials = 0
+        self.heartbeat: Any = Heartbeat(
+            bq.engine(app),
+            bq.queries,
+            bq.config(app),
+            worker_id,
+            on_death=self.package._die,
+            on_burial=self._bury,
+        )
+        self.heartbeat.line = types.SimpleNamespace(connection=control)
         #: By task and number of claims.
         self.claims: dict[tuple[int, int], Claim] = {}
         self.crew: dict[tuple[int, int], Performance] = {}
+
+    def _bury(self) -> None:
+        self.burials += 1
+
+    @contextlib.contextmanager
+    def writing_later(self) -> Iterator[None]:
+        """Writing is a step of its own: another worker may come between."""
+        self.writer.write = lambda connection: None  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del self.writer.write
 
 
 class Replay:
@@ -231,7 +270,8 @@ class Replay:
     def _begin(self) -> None:
         self._tasks = [uuid7() for _ in self._model.kinds]
         self._workers = [
-            Worker(self._bq, *each) for each in zip(self._apps, self._ids, self._lines, strict=True)
+            Worker(self._bq, *each, self._control)
+            for each in zip(self._apps, self._ids, self._lines, strict=True)
         ]
         #: Statements that were sent, and the backends in which COMMIT waits.
         self._sent: dict[model.Statement, list[Any]] = {}
@@ -275,6 +315,7 @@ class Replay:
                     (
                         sorted((claim.priority, claim.claims) for claim in worker.writer.held),
                         sorted(written(state, outcome) for outcome in backlog(worker.writer)),
+                        worker.package._stopping,
                     )
                 )
         return tasks, sorted(workers), hands
@@ -284,6 +325,7 @@ class Replay:
             (
                 sorted((claim.task, claim.claims) for claim in worker.claims if claim.held),
                 sorted(known(state, claim) for claim in worker.claims if claim.outcome),
+                worker.stopping,
             )
             for worker in state.workers
             if worker.process != model.GONE
@@ -320,18 +362,17 @@ class Replay:
         w.claims[t, claim.claims] = claim
 
     def take_over(self, w: Worker, _: None) -> None:
-        # What it finds is written in a step of its own: another worker may come between.
-        w.writer.write = lambda connection: None  # type: ignore[method-assign]
-        w.writer.take_over(w.line.connection, self._model.max_crashes)
-        del w.writer.write
+        with w.writing_later():
+            w.package._take_over()
 
     def come_back(self, w: Worker, _: None) -> None:
         w.line.close()
-        self._queries.beat(w.line.connection, w.id, TIMEOUT)
-        self.give_back_strays(w, _)
+        with w.writing_later():
+            w.package._come_back()
 
     def give_back_strays(self, w: Worker, _: None) -> None:
-        w.writer.give_back_strays(w.line.connection, w.id)
+        with w.writing_later():
+            w.package._give_back_strays()
 
     def write(self, w: Worker, _: None) -> None:
         w.writer.write(w.line.connection)
@@ -388,16 +429,22 @@ class Replay:
     late_commit = commit
 
     def beat(self, w: Worker, other: int | None) -> None:
-        dead = [] if other is None else [self._ids[other]]
-        for worker_id in dead:
+        if other is not None:
             long_ago = "UPDATE bq_workers SET last_heartbeat = '2000-01-01' WHERE id = :id"
-            self._sql(long_ago, id=worker_id)
-        _, silent = self._queries.beat(self._control, w.id, TIMEOUT)
-        assert [each.id for each in silent] == dead
-        assert self._queries.bury_silent(self._control, silent) == set(dead)
+            self._sql(long_ago, id=self._ids[other])
+            # It has been seen to be silent for a while.
+            _, silent = self._queries.beat(self._control, w.id, TIMEOUT)
+            w.heartbeat._silent = dict.fromkeys(silent, time.monotonic() - TIMEOUT)
+        w.burials = 0
+        w.heartbeat._terminate = lambda connection: None  # in a step of its own
+        alive = w.heartbeat.beat()
+        assert alive == (self._before.workers[self._workers.index(w)].state == RUNNING)
+        assert w.burials == (other is not None)
+        if not alive:
+            w.heartbeat._on_death()
 
     def terminate(self, w: Worker, _: None) -> None:
-        self._queries.terminate(self._control)
+        Heartbeat._terminate(w.heartbeat, self._control)
         for worker_id, state in self._sql("SELECT id, state FROM bq_workers").all():
             if state != RUNNING:
                 self._workers[self._ids.index(worker_id)].line.close()
@@ -458,7 +505,10 @@ class Replay:
     def freeze(self, w: Worker, _: None) -> None:
         pass
 
-    thaw = stop = freeze
+    thaw = freeze
+
+    def stop(self, w: Worker, _: None) -> None:
+        w.package.stop()
 
     def kill(self, w: Worker, _: None) -> None:
         self._end_threads(w)

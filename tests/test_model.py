@@ -22,7 +22,7 @@ from flask_beanqueue.writer import Writer
 from . import model
 from .checker import Violation, check, explore, tours
 from .model import FAULTS, PARKS, PLAIN, WRITES, Model, Row, State, Step, Steps
-from .replay import Replay
+from .replay import TIMEOUT, Replay
 
 # The checker itself.
 
@@ -273,7 +273,11 @@ def make_replay(
     made = []
 
     def make(of: Model) -> Replay:
-        options = {"SQLALCHEMY_ENGINE_OPTIONS": {"pool_pre_ping": True}}
+        options = {
+            "SQLALCHEMY_ENGINE_OPTIONS": {"pool_pre_ping": True},
+            "BQ_WORKER_HEARTBEAT_TIMEOUT": TIMEOUT,
+            "BQ_MAX_CRASHES": of.max_crashes,
+        }
         apps = [make_app(db, bq, **options) for _ in of.initial.workers]
         made.append(Replay(db, bq, apps, of))
         return made[-1]
