@@ -24,6 +24,7 @@ class Verdict:
 
     scenario: str
     system: str
+    #: How many were seen.
     faults: int
     #: Sales that were committed.
     tasks: int
@@ -42,7 +43,7 @@ class Verdict:
     #: Sales seen to in a second: before the faults, and once the rate is back, or at last.
     before: float
     after: float
-    #: What was promised besides, and is not so.
+    #: What was promised besides, and is not so; also faults of which nothing was seen.
     broken: list[str]
     #: What else there is to say.
     remarks: list[str]

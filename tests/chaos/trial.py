@@ -72,11 +72,22 @@ class Scenario:
 class Trial:
     """What a scenario has in its hands."""
 
-    def __init__(self, place: Place, ledger: Ledger, watch: Watch, *, hasty: bool = False) -> None:
+    def __init__(
+        self,
+        place: Place,
+        system: systems.System,
+        ledger: Ledger,
+        watch: Watch,
+        *,
+        hasty: bool = False,
+    ) -> None:
         self.place = place
+        self.system = system
         self.ledger = ledger
         self.watch = watch
+        #: How many were seen, and how many were to be, at least.
         self.faults = 0
+        self.wanted = 0
         self.broken: list[str] = []
         self.remarks: list[str] = []
         #: Whether it is enough to see each fault a few times.
@@ -90,9 +101,25 @@ class Trial:
     def workers(self) -> list[Process]:
         return self.watch.workers
 
-    def fault(self, number: int = 1) -> None:
-        """Count it."""
-        self.faults += number
+    def fault(self, seen: int, of: int = 1) -> None:
+        """Count faults: not those that were ordered, but those that were seen to happen.
+
+        :param of: how many there were to be, at least.
+        """
+        self.faults += seen
+        self.wanted += of
+
+    def sees(self, condition: Callable[[], bool]) -> bool:
+        """Wait for something, and tell whether it came."""
+        with contextlib.suppress(TimeoutError):
+            wait_until(condition, "what was to be seen", self.watch)
+            return True
+        return False
+
+    @property
+    def dead(self) -> int:
+        """How many workers were declared dead."""
+        return self.system.dead(self.place.dsn)
 
     def execute(self, statement: str) -> int:
         """Do something in the database, past all faults; return how many rows it was about."""
@@ -145,7 +172,7 @@ def conduct(scenario: Scenario, system_name: str, *, hasty: bool = False) -> Ver
         time.sleep(STEADY)
         began = time.time()
         time.sleep(BEFORE)
-        trial = Trial(place, ledger, watch, hasty=hasty)
+        trial = Trial(place, system, ledger, watch, hasty=hasty)
         fault_at = time.time()
         scenario.inject(trial)
         over = time.time()
@@ -163,6 +190,8 @@ def conduct(scenario: Scenario, system_name: str, *, hasty: bool = False) -> Ver
                 "the end of all tasks",
                 watch,
             )
+        if trial.faults < (wanted := max(trial.wanted, 1)):
+            trial.broken.append(f"{trial.faults} faults seen of {wanted}")
         codes = watch.stop()
         if any(codes):
             trial.broken.append(f"workers left with {codes}")

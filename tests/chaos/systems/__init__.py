@@ -36,6 +36,9 @@ class System(Protocol):
         :param processes: how many such workers, under one parent, where it has that.
         """
 
+    def dead(self, dsn: str) -> int:
+        """How many workers were declared dead."""
+
     def undone(self, dsn: str) -> dict[str, int]:
         """How many tasks are not done, by state."""
 

@@ -90,6 +90,11 @@ class BeanQueue:
             strict=False,
         )
 
+    def dead(self, dsn: str) -> int:
+        with cursor(dsn) as database:
+            database.execute("SELECT count(*) FROM bq_workers WHERE state = 'NO_HEARTBEAT'")
+            return int(database.fetchone()[0])
+
     def undone(self, dsn: str) -> dict[str, int]:
         with cursor(dsn) as database:
             database.execute(

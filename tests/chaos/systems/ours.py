@@ -44,6 +44,11 @@ class Ours:
             prefix=prefix,
         )
 
+    def dead(self, dsn: str) -> int:
+        with cursor(dsn) as database:
+            database.execute("SELECT count(*) FROM bq_workers WHERE state = 'NO_HEARTBEAT'")
+            return int(database.fetchone()[0])
+
     def undone(self, dsn: str) -> dict[str, int]:
         with cursor(dsn) as database:
             database.execute(

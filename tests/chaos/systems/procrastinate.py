@@ -105,6 +105,15 @@ class Procrastinate:
             "-c", f"from {__name__} import work; work()", env=env, prefix=prefix, strict=False
         )
 
+    def dead(self, dsn: str) -> int:
+        # It deletes them, and those that leave.
+        with cursor(dsn) as database:
+            database.execute(
+                "SELECT last_value - (SELECT count(*) FROM procrastinate_workers)"
+                " FROM procrastinate_workers_id_seq"
+            )
+            return int(database.fetchone()[0])
+
     def undone(self, dsn: str) -> dict[str, int]:
         with cursor(dsn) as database:
             database.execute(
