@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+from pathlib import Path
 
 import pytest
 
-from .chaos import trial
+from .chaos import failpoint, trial
 from .chaos.__main__ import passed
 from .chaos.ledger import Verdict, rate, recovered
 from .chaos.scenarios import SCENARIOS, plain
@@ -63,6 +64,11 @@ def test_without_the_outcomes_of_plain_tasks_a_trial_finds_them_unfinished(
     verdict = conduct(LISTENERS, CHAOS_WITHOUT="plain")
     assert (verdict.lost, verdict.doubled) == (0, 0)
     assert verdict.unfinished > 0
+
+
+def test_workers_are_killed_at_all_points_in_turn(tmp_path: Path) -> None:
+    points = list(failpoint.POINTS)
+    assert [failpoint.next_point(tmp_path) for _ in range(2 * len(points))] == points * 2
 
 
 def test_the_rate_is_back_when_it_stays_so() -> None:

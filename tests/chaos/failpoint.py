@@ -27,15 +27,27 @@ def install(engine: sa.Engine, point: str) -> None:
 
     :param point: which; ``each`` for all in turn, one for each process.
     """
+    folder = Path(os.environ["CHAOS_FOLDER"])
     if point == "each":
-        point = random.choice(list(POINTS))
+        point = next_point(folder)
     event, beginning, likelihood = POINTS[point]
 
     def kill(*args: Any) -> None:
         said = " ".join(args[2].split()) if beginning else ""
         due = said.startswith(beginning) and random.random() < likelihood
-        if due and not Path(os.environ["CHAOS_FOLDER"], "calm").exists():
+        if due and not (folder / "calm").exists():
             print(f"Killed at: {point}", flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
 
     sa.event.listen(engine, event, kill)
+
+
+def next_point(folder: Path) -> str:
+    """The point whose turn it is, whichever processes ask.
+
+    :param folder: where it is noted how many have asked.
+    """
+    with (folder / "turns").open("ab", buffering=0) as turns:
+        turns.write(b".")  # at the end, and nobody else there
+        turn = turns.tell() - 1
+    return list(POINTS)[turn % len(POINTS)]

@@ -22,6 +22,7 @@ from ..pooler import installed as pooler_installed
 from ..pooler import pooler
 from ..processes import READY
 from . import network
+from .failpoint import POINTS
 from .ledger import cursor
 from .trial import Place, Scenario, Trial
 
@@ -220,15 +221,23 @@ def kill_processes(trial: Trial) -> None:
     env={"CHAOS_FAIL_AT": "each"},
 )
 def fail_at_points(trial: Trial) -> None:
+    """Until it has happened at each point; in a hurry, only for a while."""
+
+    def by_point() -> collections.Counter[str]:
+        return collections.Counter(
+            line.removeprefix("Killed at: ")
+            for output in trial.watch.outputs
+            for line in output.splitlines()
+            if line.startswith("Killed at: ")
+        )
+
     time.sleep(5 if trial.hasty else 20)
+    if not trial.hasty and not trial.sees(lambda: by_point().keys() == POINTS.keys()):
+        never = POINTS.keys() - by_point().keys()
+        trial.broken.append(f"no worker was killed at: {', '.join(sorted(never))}")
     (trial.ledger.folder / "calm").touch()
     time.sleep(0.2)
-    killed = collections.Counter(
-        line.removeprefix("Killed at: ")
-        for output in trial.watch.outputs
-        for line in output.splitlines()
-        if line.startswith("Killed at: ")
-    )
+    killed = by_point()
     trial.fault(killed.total())
     trial.remarks += [", ".join(f"{count} at {point}" for point, count in killed.items())]
 
