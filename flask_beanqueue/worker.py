@@ -270,6 +270,8 @@ class Worker:
     def _loop(self) -> None:
         while not self._stopping:
             try:
+                if self._failures:
+                    self._come_back()
                 self._fill()
                 self._flush()
                 self._serve_suspect()
@@ -281,7 +283,7 @@ class Worker:
                 if self._is_through():
                     break
             except TROUBLE as error:
-                self._reconnect(error)
+                self._fail(error)
                 continue
             self._failures = 0
             self._wait()
@@ -309,7 +311,8 @@ class Worker:
             if self._suspect.claim is not None and self._suspect.waits:
                 self._writer.give_back([self._suspect.claim])
             while not self._has_left(heartbeat):
-                self._wait()
+                if not self._failures:
+                    self._wait()
         finally:
             self._crew.dismiss()
             heartbeat.stop()
@@ -319,7 +322,11 @@ class Worker:
     def _has_left(self, heartbeat: Heartbeat) -> bool:
         """Whether all is written, or the grace time is over and the rest given back."""
         try:
-            self._flush()
+            self._gather()
+            if self._failures:
+                self._come_back()
+            self._write()
+            self._failures = 0
             late = time.monotonic() >= self._grace_until
             if self._writer.held and late:
                 self._gather(everything=True)  # in one go with what is given back
@@ -339,14 +346,14 @@ class Worker:
             if time.monotonic() >= self._grace_until or not self._writer.held:
                 log.error("Worker %s could not say goodbye: %s", self.name, reason(error))
                 return True
-            self._reconnect(error)
+            self._fail(error)
             return False
 
     # Claiming.
 
     def _fill(self) -> None:
         """Claim as much as will start within a short while."""
-        if self._occupied or time.monotonic() < self._quiet_until:
+        if self._stopping or self._occupied or time.monotonic() < self._quiet_until:
             return
         connection = self._line.connection
         if self._suspect.may_follow and self._claim_suspect(connection):
@@ -533,25 +540,25 @@ class Worker:
 
     # Losing the database.
 
-    def _reconnect(self, error: sa.exc.SQLAlchemyError) -> None:
-        """Connect again, however long it takes; tasks go on running meanwhile.
+    def _fail(self, error: sa.exc.SQLAlchemyError) -> None:
+        """Give up the connection, and wait for a moment before the loop comes back on another;
+        tasks go on running meanwhile.
 
         :raises sqlalchemy.exc.SQLAlchemyError: the error, if connecting again cannot help.
         """
-        while True:
-            if isinstance(error, sa.exc.ProgrammingError) and not error.connection_invalidated:
-                raise error
-            log.warning("The database fails, and is tried again: %s", reason(error))
-            self._line.close()
-            time.sleep(min(0.05 * 2**self._failures, 2.0))
-            self._failures = min(self._failures + 1, 10)
-            if self._stopping and time.monotonic() >= self._grace_until:
-                return
-            try:
-                self._come_back()
-                return
-            except TROUBLE as again:
-                error = again
+        if isinstance(error, sa.exc.ProgrammingError) and not error.connection_invalidated:
+            raise error
+        log.warning("The database fails, and is tried again: %s", reason(error))
+        self._line.close()
+        until: float = time.monotonic() + min(0.05 * 2**self._failures, 2.0)
+        self._failures = min(self._failures + 1, 10)
+
+        def left() -> float:
+            return max(min(until, self._grace_until) - time.monotonic(), 0.0)
+
+        # On the bell: who is told to stop, and holds nothing, leaves at once.
+        while (self._writer.held or not self._stopping) and left() > 0.0:
+            self._bell.wait(left)
 
     def _come_back(self) -> None:
         """Tell the others that this worker lives, and see what has become of its claims."""
