@@ -101,11 +101,23 @@ class Line:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._connection: Connection | None = None
+        self._has_opened = False
 
     @property
     def connection(self) -> Connection:
+        """
+        :raises sqlalchemy.exc.OperationalError: whatever the app's own way to connect raises when
+            it is opened again: what has worked before may do so again. The first time, that comes
+            as it is.
+        """
         if self._connection is None:
-            self._connection = connect(self._engine)
+            try:
+                self._connection = connect(self._engine)
+            except Exception as error:
+                if isinstance(error, sa.exc.DBAPIError) or not self._has_opened:
+                    raise
+                raise sa.exc.OperationalError(None, None, error) from error
+            self._has_opened = True
         return self._connection
 
     def close(self) -> None:

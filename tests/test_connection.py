@@ -13,7 +13,9 @@ from flask_sqlalchemy import SQLAlchemy
 
 from flask_beanqueue import BeanQueue
 from flask_beanqueue.connection import Line, connect, limits, named
+from flask_beanqueue.errors import TROUBLE
 from flask_beanqueue.listen import Listener
+from flask_beanqueue.log import reason
 
 from .conftest import MakeApp
 
@@ -48,6 +50,31 @@ def test_the_queues_connections_are_made_as_the_app_makes_its_own(
     with contextlib.closing(connect(engine)) as connection:
         assert connection.scalar(sa.text("SHOW work_mem")) == "5MB"
     assert len(connected) == 1
+
+
+def test_a_line_calls_whatever_keeps_it_from_opening_again_the_databases_trouble(
+    app: Flask, bq: BeanQueue
+) -> None:
+    """Where the app connects by itself, that may be any exception; a worker is to survive it, but
+    to say it as it is when it starts."""
+    engine = bq.engine(app)
+
+    def refuse(*args: Any) -> None:
+        raise OSError("the token service is away")
+
+    with contextlib.closing(Line(engine)) as line:
+        sa.event.listen(engine, "do_connect", refuse)
+        with pytest.raises(OSError, match="the token service is away"):
+            assert line.connection
+        sa.event.remove(engine, "do_connect", refuse)
+        assert line.connection
+        line.close()
+        sa.event.listen(engine, "do_connect", refuse)
+        with pytest.raises(TROUBLE) as caught:
+            assert line.connection
+        assert reason(caught.value) == "the token service is away"
+        sa.event.remove(engine, "do_connect", refuse)
+        assert line.connection
 
 
 def settings(engine: sa.Engine) -> dict[str, str]:

@@ -17,6 +17,7 @@ from flask_sqlalchemy.record_queries import get_recorded_queries
 
 from flask_beanqueue import BeanQueue
 from flask_beanqueue.crew import HORIZON
+from flask_beanqueue.queries import application_name
 from flask_beanqueue.worker import Worker
 
 from .conftest import running
@@ -915,6 +916,43 @@ def test_connections_do_not_keep_the_name_of_a_worker_that_has_gone(
     after = connections()
     assert not any("beanqueue" in name for _, name in after)
     assert connections() == after  # once anew is enough
+
+
+def test_a_worker_survives_whatever_the_apps_own_way_to_connect_raises(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A token service is away while the connections are lost."""
+    away = threading.Event()
+
+    def do_connect(*args: Any) -> None:
+        if away.is_set():
+            raise OSError("the token service is away")
+
+    sa.event.listen(bq.engine(app), "do_connect", do_connect)
+    with running(app, bq) as worker, app.app_context():
+        note.enqueue(number=1)
+        db.session.commit()
+        log.wait(1)
+        away.set()
+        lose(db, worker)
+        wait_until(lambda: "is tried again: the token service is away" in caplog.text)
+        away.clear()
+        note.enqueue(number=2)
+        db.session.commit()
+        log.wait(2)
+
+
+def lose(db: SQLAlchemy, worker: Worker, statement: str = "") -> None:
+    """End the backends of a worker whose last statement begins so; there is at least one."""
+    ended = db.session.scalars(
+        sa.text(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE application_name = :name AND query LIKE :statement AND pid <> pg_backend_pid()"
+        ),
+        {"name": application_name(worker.id), "statement": f"{statement}%"},
+    ).all()
+    db.session.rollback()
+    assert ended
 
 
 def test_several_apps_in_one_process_each_do_their_own_tasks(
