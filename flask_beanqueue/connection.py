@@ -154,13 +154,16 @@ def renew(connection: t.Any, record: t.Any, proxy: t.Any) -> None:
 
 
 @contextlib.contextmanager
-def named(engines: t.Iterable[Engine], name: str, timeout: float) -> t.Iterator[None]:
+def named(
+    engines: t.Iterable[Engine], name: str, timeout: float, **settings: int
+) -> t.Iterator[None]:
     """Let all connections that the engines hand out carry a name, so that another worker can end
     them when this one is frozen; and no longer, once it has gone.
 
     :param name: their ``application_name``.
     :param timeout: seconds within which they find out that the network is gone, unless the app
         has settings of its own for that.
+    :param settings: of libpq, in place of those that follow from it.
     """
     gone = threading.Event()
 
@@ -169,7 +172,7 @@ def named(engines: t.Iterable[Engine], name: str, timeout: float) -> t.Iterator[
     ) -> t.Any:
         record.info["beanqueue"] = gone
         # Not changed in place: later connections may be made with the same ones.
-        kwargs = {**limits(timeout), **kwargs, "application_name": name}
+        kwargs = {**limits(timeout), **settings, **kwargs, "application_name": name}
         return dialect.connect(*args, **kwargs)
 
     def connect(connection: t.Any, record: t.Any) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import hashlib
+import threading
 import time
 import typing as t
 
@@ -13,8 +15,13 @@ from .connection import PoolerError, is_pooled, named, open_beside
 from .errors import reason
 from .log import log
 
-#: Seconds between two attempts to listen again.
+#: Seconds between two attempts to listen again: after the first that fails, and at most.
 RETRY_AFTER = 1.0
+RETRY_WITHIN = 30.0
+#: Seconds that the first attempt is waited for, so that a worker can say whether it listens.
+FIRST_ATTEMPT = 2.0
+#: Seconds that an attempt may hold up who makes it by itself.
+SHORT = 2
 
 
 def notify_name(channel: str) -> str:
@@ -55,6 +62,26 @@ class Source(t.Protocol):
     def close(self) -> None: ...
 
 
+def beside(make: t.Callable[[], t.Any]) -> concurrent.futures.Future[t.Any]:
+    """Make something in a thread of its own, for which nobody waits at the end of the process."""
+    future: concurrent.futures.Future[t.Any] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(make())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="beanqueue-listen", daemon=True).start()
+    return future
+
+
+def close_made(future: concurrent.futures.Future[t.Any]) -> None:
+    """Close the connection that nobody waits for any more, if there is one."""
+    with contextlib.suppress(BaseException):
+        future.result().close()
+
+
 class Listener:
     """A connection in autocommit that LISTENs, outside the pool and outside any transaction: an
     open one would keep vacuum from its work.
@@ -64,6 +91,8 @@ class Listener:
     :param name: what the database calls the connection, if the engine does not say.
     :param timeout: seconds within which it is to find out that the network is gone; with ``name``.
     :param trusted: whether news is known to come through, even if a pooler is in between.
+    :param ring: called from another thread when :meth:`listen` is to be called, for it connects
+        there. Without it, it does so itself, for who forks must have no threads.
     """
 
     def __init__(
@@ -74,59 +103,106 @@ class Listener:
         name: str | None = None,
         timeout: float = 0.0,
         trusted: bool = False,
+        ring: t.Callable[[], None] | None = None,
     ) -> None:
         self._engine = engine
         self._names = [notify_name(channel) for channel in channels]
         self._name = name
         self._timeout = timeout
         self._trusted = trusted
+        self._ring = ring
         self._connection: t.Any = None
-        self._failing = False
-        self.next_try = 0.0
+        #: What another thread is at.
+        self._attempt: concurrent.futures.Future[t.Any] | None = None
+        self._first = True
+        self._failures = 0
+        #: What the log says is that it polls.
+        self._polls = False
+        self._next_try = 0.0
 
     @property
     def listens(self) -> bool:
         return self._connection is not None
+
+    @property
+    def next_try(self) -> float:
+        if self._attempt is not None:
+            return 0.0 if self._attempt.done() else float("inf")
+        return self._next_try
 
     def listen(self) -> bool:
         """Connect and LISTEN, unless that failed a moment ago; tell whether it listens anew."""
         if self.listens or time.monotonic() < self.next_try:
             return False
         try:
-            self._connect()
-            if self._failing:
-                log.info("The worker LISTENs again")
-            self._failing = False
-            return True
+            if self._ring is None:
+                self._connection = self._connect()
+            elif (connection := self._connect_beside(self._ring)) is None:
+                return False
+            else:
+                self._connection = connection
         except Exception as error:
-            if not self._failing:
-                log.warning("LISTEN fails, polling meanwhile: %s", reason(error))
-            self._failing = True
-            self.close()
-            hopeless = isinstance(error, PoolerError)
-            self.next_try = float("inf") if hopeless else time.monotonic() + RETRY_AFTER
+            self._fail(error)
             return False
+        if self._polls:
+            log.info("The worker LISTENs%s", " again" if self._failures else "")
+        self._failures = 0
+        self._polls = False
+        return True
 
-    def _connect(self) -> None:
-        own = named([self._engine], self._name, self._timeout) if self._name else None
+    def _connect_beside(self, ring: t.Callable[[], None]) -> t.Any:
+        """The connection that another thread has made; None while it is at it. Where an address
+        accepts and is silent, that takes as long as the driver waits."""
+        if self._attempt is None:
+            self._attempt = beside(self._connect)
+            self._attempt.add_done_callback(lambda _: ring())
+            if self._first:
+                self._first = False
+                concurrent.futures.wait([self._attempt], FIRST_ATTEMPT)
+                self._polls = not self._attempt.done()
+        if not self._attempt.done():
+            return None
+        attempt, self._attempt = self._attempt, None
+        return attempt.result()
+
+    def _fail(self, error: Exception) -> None:
+        if self._failures == 0:
+            log.warning("LISTEN fails, polling meanwhile: %s", reason(error))
+        self._polls = True
+        pause = min(RETRY_AFTER * 2 ** min(self._failures, 10), RETRY_WITHIN)
+        self._failures += 1
+        hopeless = isinstance(error, PoolerError)
+        self._next_try = float("inf") if hopeless else time.monotonic() + pause
+
+    def _connect(self) -> t.Any:
+        """Make a connection that LISTENs."""
+        own = None
+        if self._name:
+            own = named([self._engine], self._name, self._timeout, connect_timeout=SHORT)
         with own or contextlib.nullcontext():
             borrowed = open_beside(self._engine)
-        self._connection = borrowed.dbapi_connection
+        connection = borrowed.dbapi_connection
         borrowed.detach()
-        self._connection.rollback()
-        self._connection.autocommit = True
-        with self._connection.cursor() as cursor:
-            if not self._trusted:
-                cursor.execute("SELECT pg_backend_pid()")
-                if is_pooled(self._connection, cursor.fetchone()[0]):
-                    raise PoolerError(
-                        "a pooler stands before the database. Set BQ_LISTEN_DATABASE_URL to the"
-                        " database's own address (or to the pooler's, if it keeps a backend for"
-                        " each session), or BQ_LISTEN=false to poll without this message."
-                    )
-            for name in self._names:
-                quoted = name.replace('"', '""')
-                cursor.execute(f'LISTEN "{quoted}"')
+        try:
+            connection.rollback()
+            connection.autocommit = True
+            with connection.cursor() as cursor:
+                if not self._trusted:
+                    cursor.execute("SELECT pg_backend_pid()")
+                    if is_pooled(connection, cursor.fetchone()[0]):
+                        raise PoolerError(
+                            "a pooler stands before the database. Set BQ_LISTEN_DATABASE_URL to"
+                            " the database's own address (or to the pooler's, if it keeps a"
+                            " backend for each session), or BQ_LISTEN=false to poll without this"
+                            " message."
+                        )
+                for name in self._names:
+                    quoted = name.replace('"', '""')
+                    cursor.execute(f'LISTEN "{quoted}"')
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
     def fileno(self) -> int:
         """For a selector: readable when notifications have come, or the connection has gone."""
@@ -151,6 +227,9 @@ class Listener:
             return False
 
     def close(self) -> None:
+        if self._attempt is not None:
+            self._attempt.add_done_callback(close_made)
+            self._attempt = None
         if self._connection is not None:
             with contextlib.suppress(Exception):
                 self._connection.close()

@@ -132,7 +132,8 @@ class Worker:
     def listener(self, name: str | None = None) -> Listener:
         """Make what it LISTENs with.
 
-        :param name: what the database calls the connection, if it is not this worker's own.
+        :param name: what the database calls the connection, if it is not this worker's own but its
+            parent's, which must have no threads.
         """
         return Listener(
             self.listen_engine,
@@ -140,6 +141,7 @@ class Worker:
             name=name,
             timeout=self.config.WORKER_HEARTBEAT_TIMEOUT,
             trusted=self.config.LISTEN_DATABASE_URL is not None,
+            ring=None if name else self._bell.ring,
         )
 
     def takes_place(self, worker_id: uuid.UUID, predecessors: t.Collection[uuid.UUID]) -> None:

@@ -159,6 +159,12 @@ def running(app: Flask, bq: BeanQueue, *channels: str, **options: Any) -> Iterat
         assert not thread.is_alive()
 
 
+def parameters(connection: Any) -> dict[str, str]:
+    """What libpq was given for a connection of the driver's."""
+    info = connection.info
+    return dict(info.get_parameters() if hasattr(info, "get_parameters") else info.dsn_parameters)
+
+
 @pytest.fixture
 def probe(database_url: str) -> Iterator[Probe]:
     with contextlib.closing(Probe(database_url)) as probe:

@@ -17,7 +17,7 @@ from flask_beanqueue.errors import TROUBLE
 from flask_beanqueue.listen import Listener
 from flask_beanqueue.log import reason
 
-from .conftest import MakeApp
+from .conftest import MakeApp, parameters
 
 
 @pytest.fixture
@@ -80,8 +80,7 @@ def test_a_line_calls_whatever_keeps_it_from_opening_again_the_databases_trouble
 def settings(engine: sa.Engine) -> dict[str, str]:
     """What libpq was given for a connection."""
     with engine.connect() as connection:
-        info: Any = connection.connection.dbapi_connection.info  # type: ignore[union-attr]
-        return dict(info.dsn_parameters if engine.driver == "psycopg2" else info.get_parameters())
+        return parameters(connection.connection.dbapi_connection)
 
 
 def test_connections_of_a_worker_find_out_when_the_network_is_gone(

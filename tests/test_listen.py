@@ -1,0 +1,179 @@
+"""LISTEN where connecting takes long, or fails."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+
+from flask_beanqueue import BeanQueue, listen, worker
+from flask_beanqueue.listen import Listener
+from flask_beanqueue.queries import application_name
+
+from .conftest import MakeApp, parameters, running
+from .probe import Probe, query, wait_until
+
+
+class Address:
+    """Where workers LISTEN: it accepts, and is silent until it is told to answer."""
+
+    def __init__(self, url: str) -> None:
+        self.engine = sa.create_engine(url, poolclass=sa.NullPool)
+        self.asked = threading.Semaphore(0)
+        self.answers = threading.Event()
+        sa.event.listen(self.engine, "do_connect", self._be_silent)
+
+    def _be_silent(self, *args: Any) -> None:
+        self.asked.release()
+        assert self.answers.wait(60)
+
+
+@pytest.fixture
+def address(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Address]:
+    address = Address(database_url)
+    monkeypatch.setattr(worker, "make_listen_engine", lambda engine, config: address.engine)
+    monkeypatch.setattr(listen, "FIRST_ATTEMPT", 0.0)
+    yield address
+    address.answers.set()
+
+
+@pytest.fixture
+def app(make_app: MakeApp, db: SQLAlchemy, bq: BeanQueue) -> Flask:
+    return make_app(db, bq, BQ_POLL_TIMEOUT=3600)
+
+
+@pytest.fixture
+def nothing(app: Flask, db: SQLAlchemy, bq: BeanQueue, probe: Probe) -> Callable[..., None]:
+    """Make a task that does nothing, and see it done if need be."""
+
+    @bq.processor()
+    def nothing() -> None:
+        pass
+
+    probe.listen_states()
+
+    def make(*, wait: bool = True, **options: Any) -> None:
+        with app.app_context():
+            nothing.using(**options).enqueue()
+            db.session.commit()
+        if wait:
+            probe.wait("nothing DONE", timeout=15)
+
+    return make
+
+
+def listening(url: str, worker: Any) -> list[int]:
+    """The backends with which a worker LISTENs."""
+    rows = query(
+        url,
+        "SELECT pid FROM pg_stat_activity WHERE query LIKE 'LISTEN%%' AND application_name = %s",
+        application_name(worker.id),
+    )
+    return [pid for (pid,) in rows]
+
+
+def test_a_worker_works_while_it_waits_for_an_address_that_is_silent(
+    app: Flask,
+    bq: BeanQueue,
+    address: Address,
+    nothing: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    with running(app, bq):
+        assert address.asked.acquire(timeout=30)
+        nothing()
+        nothing()
+        assert "polling every 1 s" in caplog.text
+        address.answers.set()
+        wait_until(lambda: "The worker LISTENs" in caplog.text)
+        nothing()
+    assert "LISTEN fails" not in caplog.text
+
+
+def test_a_worker_leaves_while_it_waits_for_an_address_that_is_silent(
+    app: Flask, bq: BeanQueue, database_url: str, address: Address
+) -> None:
+    with running(app, bq, "default") as worker:
+        assert address.asked.acquire(timeout=30)
+    [attempt] = [each for each in threading.enumerate() if each.name == "beanqueue-listen"]
+    address.answers.set()
+    attempt.join(30)
+    wait_until(lambda: not listening(database_url, worker))
+
+
+def test_what_was_committed_while_nobody_listened_waits_for_no_poll(
+    app: Flask,
+    bq: BeanQueue,
+    database_url: str,
+    address: Address,
+    nothing: Callable[..., None],
+    probe: Probe,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(worker, "LISTEN_LOST", 3600.0)
+    address.answers.set()
+    with running(app, bq) as it:
+        wait_until(lambda: listening(database_url, it))
+        nothing()
+        assert address.asked.acquire(timeout=30)
+        address.answers.clear()
+        [pid] = listening(database_url, it)
+        query(database_url, "SELECT pg_terminate_backend(%s)", pid)
+        assert address.asked.acquire(timeout=30)
+        nothing(wait=False)
+        address.answers.set()
+        probe.wait("nothing DONE", timeout=15)
+
+
+def test_attempts_to_listen_come_less_and_less_often(
+    app: Flask, bq: BeanQueue, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    clock = types.SimpleNamespace(now=1.0)
+    monkeypatch.setattr(listen, "time", types.SimpleNamespace(monotonic=lambda: clock.now))
+
+    def refuse(*args: Any) -> None:
+        raise OSError("the token service is away")
+
+    def pauses(number: int) -> Iterator[float]:
+        for _ in range(number):
+            assert not listener.listen()
+            yield listener.next_try - clock.now
+            clock.now = listener.next_try
+
+    engine = bq.engine(app)
+    with contextlib.closing(Listener(engine, ["default"])) as listener:
+        sa.event.listen(engine, "do_connect", refuse)
+        assert list(pauses(7)) == [1, 2, 4, 8, 16, 30, 30]
+        sa.event.remove(engine, "do_connect", refuse)
+        assert listener.listen()
+        listener.close()
+        sa.event.listen(engine, "do_connect", refuse)
+        assert list(pauses(2)) == [1, 2]
+    assert [record.getMessage() for record in caplog.records] == [
+        "LISTEN fails, polling meanwhile: the token service is away",
+        "The worker LISTENs again",
+        "LISTEN fails, polling meanwhile: the token service is away",
+    ]
+
+
+def test_who_connects_by_itself_is_not_held_up_for_long(app: Flask, bq: BeanQueue) -> None:
+    """It is the parent of processes, and must have no threads when it forks."""
+    made: list[Any] = []
+    engine = bq.engine(app)
+    sa.event.listen(engine, "connect", lambda connection, record: made.append(connection))
+    with contextlib.closing(
+        Listener(engine, ["default"], name="beanqueue test", timeout=20.0)
+    ) as it:
+        assert it.listen()
+        assert not any(each.name == "beanqueue-listen" for each in threading.enumerate())
+        assert parameters(made[-1])["connect_timeout"] == "2"
