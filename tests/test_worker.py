@@ -19,9 +19,10 @@ from flask_beanqueue import BeanQueue
 from flask_beanqueue.crew import HORIZON
 from flask_beanqueue.queries import application_name
 from flask_beanqueue.worker import Worker
+from flask_beanqueue.writer import Writer
 
 from .conftest import running
-from .probe import Probe, query, wait_until
+from .probe import Probe, connect, query, wait_until
 from .triggers import trigger
 
 Work = Callable[..., None]
@@ -121,6 +122,19 @@ def suspected(db: SQLAlchemy, processor: Any, **arguments: Any) -> Any:
     task.crashes = 1
     db.session.add(task)
     return task
+
+
+def lose(db: SQLAlchemy, worker: Worker, statement: str = "") -> None:
+    """End the backends of a worker whose last statement begins so; there is at least one."""
+    ended = db.session.scalars(
+        sa.text(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE application_name = :name AND query LIKE :statement AND pid <> pg_backend_pid()"
+        ),
+        {"name": application_name(worker.id), "statement": f"{statement}%"},
+    ).all()
+    db.session.rollback()
+    assert ended
 
 
 def test_tasks_are_done_in_the_order_of_priority_schedule_and_making(
@@ -324,6 +338,38 @@ def test_a_claim_whose_answer_is_lost_is_given_back(
     assert lost == [2]
     assert sorted(log) == [1, 2]
     assert [(task.state, task.claims, task.crashes) for task in tasks] == [("DONE", 2, 0)] * 2
+
+
+def test_a_claim_that_arrives_when_its_worker_has_long_come_back_is_given_back(
+    make_app: Any,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    note: Any,
+    log: Log,
+    database_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The backend that was lost was at work still. Nobody else takes over from who lives."""
+    timing = {"BQ_WORKER_HEARTBEAT_PERIOD": 0.1, "BQ_WORKER_HEARTBEAT_TIMEOUT": 0.5}
+    app = make_app(db, bq, BQ_POLL_TIMEOUT=3600, **timing)
+    look = Writer.give_back_strays
+    arrived = []
+
+    def arrives_after_the_look(writer: Writer, connection: Any, worker_id: Any) -> None:
+        look(writer, connection, worker_id)
+        if not arrived:
+            claim = "state = 'PROCESSING', claims = 1, scheduled_at = now()"
+            query(database_url, f"UPDATE bq_tasks SET {claim}, worker_id = %s", str(worker_id))
+            arrived.append(worker_id)
+
+    monkeypatch.setattr(Writer, "give_back_strays", arrives_after_the_look)
+    with running(app, bq) as worker, app.app_context():
+        note.using(delay=datetime.timedelta(hours=1)).enqueue(number=1)
+        db.session.commit()
+        wait_until(lambda: worker._source.listens)
+        lose(db, worker)
+        log.wait(1)
+        assert arrived == [worker.id]
 
 
 def test_an_outcome_whose_answer_is_lost_is_not_called_lost(
@@ -942,19 +988,6 @@ def test_a_worker_survives_whatever_the_apps_own_way_to_connect_raises(
         log.wait(2)
 
 
-def lose(db: SQLAlchemy, worker: Worker, statement: str = "") -> None:
-    """End the backends of a worker whose last statement begins so; there is at least one."""
-    ended = db.session.scalars(
-        sa.text(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-            " WHERE application_name = :name AND query LIKE :statement AND pid <> pg_backend_pid()"
-        ),
-        {"name": application_name(worker.id), "statement": f"{statement}%"},
-    ).all()
-    db.session.rollback()
-    assert ended
-
-
 def test_several_apps_in_one_process_each_do_their_own_tasks(
     make_app: Any, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log, server_url: str
 ) -> None:
@@ -976,9 +1009,15 @@ def test_several_apps_in_one_process_each_do_their_own_tasks(
 
 
 def test_serializable_apps_are_served(
-    make_app: Any, db: SQLAlchemy, bq: BeanQueue, Note: Any, database_url: str
+    make_app: Any,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    Note: Any,
+    database_url: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Also where the isolation level is the database's own default."""
+    """Also where the isolation level is the database's own default: the queue's own connections go
+    on when they have waited for somebody else's write, which other levels refuse to do."""
     query(
         database_url,
         "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_isolation"
@@ -989,12 +1028,28 @@ def test_serializable_apps_are_served(
     def write(db: Any, number: int) -> None:
         db.add(Note(text=str(number)))
 
-    app = make_app(db, bq, SQLALCHEMY_ENGINE_OPTIONS={"isolation_level": "REPEATABLE READ"})
+    options = {"isolation_level": "REPEATABLE READ"}
+    app = make_app(db, bq, SQLALCHEMY_ENGINE_OPTIONS=options, BQ_WORKER_HEARTBEAT_PERIOD=0.1)
     with app.app_context():
         write.enqueue_many({"number": number} for number in range(200))
         db.session.commit()
         bq.process_tasks(burst=True, concurrency=4)
         assert db.session.scalar(sa.select(sa.func.count()).select_from(Note)) == 200
+    statements = Statements()
+    statements.listen(bq.engine(app))
+    with running(app, bq), contextlib.closing(connect(database_url)) as connection:
+        statements.wait("WITH beat", 2)
+        connection.cursor().execute("BEGIN ISOLATION LEVEL READ COMMITTED")
+        connection.cursor().execute("UPDATE bq_workers SET name = name")
+        waiting = (
+            "SELECT 1 FROM pg_stat_activity"
+            " WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        )
+        wait_until(lambda: query(database_url, waiting))
+        beats = statements.count("WITH beat")
+        connection.cursor().execute("COMMIT")
+        statements.wait("WITH beat", beats + 1)
+    assert "The heartbeat fails" not in caplog.text
 
 
 def test_a_task_that_ends_just_before_a_leaving_worker_sleeps_is_seen(
