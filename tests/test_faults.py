@@ -880,7 +880,7 @@ def test_nothing_of_several_processes_is_left_behind(
     assert supervisor.stop() == 0
     assert not any(child.is_running() for child in children)
     left = (
-        "SELECT FROM pg_stat_activity"
+        "SELECT 1 FROM pg_stat_activity"
         " WHERE application_name LIKE 'beanqueue %' AND datname = current_database()"
     )
     wait_until(lambda: not query(database_url, left))

@@ -10,6 +10,8 @@ import pytest
 import sqlalchemy as sa
 from flask import Flask
 
+from flask_beanqueue.connection import connect
+
 from .apps import faults
 from .apps.faults import effects
 from .pooler import installed, pooler
@@ -118,3 +120,15 @@ def test_an_isolation_level_that_a_pooler_would_not_keep_is_refused(
         worker = pooled.flask("--app", APP, "bq", "worker", DATABASE_URL=url)
         assert worker.wait() == 1
     assert "Error: The database's default_transaction_isolation is 'serializable'" in worker.output
+
+
+def test_the_queues_own_connections_prepare_nothing_behind_a_pooler(pooled_url: str) -> None:
+    """The next backend would not know it. The app need not say so for them."""
+    engine = sa.create_engine(pooled_url)  # with psycopg 3's own threshold
+    with contextlib.closing(connect(engine)) as connection, engine.connect() as other:
+        backend = sa.text("SELECT pg_backend_pid()")
+        first = {connection.scalar(backend) for _ in range(20)}
+        with other.begin():
+            assert {other.scalar(backend)} == first  # keeps it
+            assert connection.scalar(backend) not in first
+    engine.dispose()
