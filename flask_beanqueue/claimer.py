@@ -115,8 +115,9 @@ class Claimer:
 
     def _leaves_out(self, key: str, error: sa.exc.DBAPIError) -> bool:
         """Leave out a task that came first after a claim was refused, and tell whether: it must
-        happen twice, for a task may come first that was not there yet when the claim was made."""
-        if key not in self._doubtful:
+        happen twice, for a task may come first that was not there yet when the claim was made.
+        Of one that could not be claimed before, it is known."""
+        if key not in self._doubtful and key not in self._said:
             self._doubtful.add(key)
             return False
         self._doubtful.clear()

@@ -123,6 +123,26 @@ def test_a_task_that_came_first_after_the_claim_was_refused_is_not_left_out(
     assert claiming.claim()[0] == ["0", "1", "2", "3", "4", "late", "6", "7", "8", "9"]
 
 
+def test_a_task_that_cannot_be_claimed_again_is_known(
+    claiming: Claiming, refuse: None, now: Any, bq: BeanQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first time, it must come first twice."""
+    find = bq.queries.next
+    asked = []
+
+    def count(*args: Any) -> Any:
+        asked.append(now.at)
+        return find(*args)
+
+    monkeypatch.setattr(bq.queries, "next", count)
+    claiming.claim()
+    assert len(asked) == 2
+    now.at = claimer.REFUSED_FOR
+    claiming.look()
+    assert claiming.claim()[0] == []
+    assert len(asked) == 3
+
+
 @pytest.mark.parametrize("limit", [1, 100])
 def test_a_claim_that_does_not_fit_the_tables_says_so(
     claiming: Claiming, database_url: str, limit: int
