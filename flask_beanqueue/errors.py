@@ -20,7 +20,11 @@ MISFITS = ("0A", "3F", "42")
 #: A lock was waited for, or the statement worked on, for as long as somebody allows.
 TIMEOUTS = {"55P03", "57014"}
 
-#: What an error quotes, from the first quotation mark to the last: the value may hold some, too.
+#: The class of SQLSTATE of errors about a value.
+ABOUT_A_VALUE = "22"
+#: Where a word begins in the name of a class.
+WORD = re.compile(r"(?<=[a-z])(?=[A-Z])")
+#: What SQLAlchemy quotes, from the first quotation mark to the last: the value may hold some, too.
 QUOTED = re.compile(r"""(["']).*\1""", re.DOTALL)
 
 
@@ -78,10 +82,14 @@ def reason(error: BaseException) -> str:
     a whole row, such as a task with its arguments."""
     cause = getattr(error, "orig", None) or error
     diag = getattr(cause, "diag", None)  # empty where there was no connection yet
+    code = getattr(diag, "sqlstate", None) or ""
+    if code.startswith(ABOUT_A_VALUE):
+        # Its message quotes the value, each language in its own way. The driver's class has the
+        # name that PostgreSQL has for the code.
+        return f"{WORD.sub(' ', type(cause).__name__).lower()} ({code})"
     text = getattr(diag, "message_primary", None) or str(cause)
-    refused = isinstance(error, sa.exc.StatementError) and not isinstance(error, sa.exc.DBAPIError)
-    if refused or (getattr(diag, "sqlstate", None) or "").startswith("22"):
-        text = QUOTED.sub("…", text)  # it is about a value
+    if isinstance(error, sa.exc.StatementError) and not isinstance(error, sa.exc.DBAPIError):
+        text = QUOTED.sub("…", text)  # SQLAlchemy itself refuses a value
     # What a PendingRollbackError says next is all of another error.
     return " ".join(text.partition(" Original exception was: ")[0].split())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import sqlalchemy as sa
 
-from flask_beanqueue.errors import is_misfit, is_refusal, is_timeout
+from flask_beanqueue.errors import is_misfit, is_refusal, is_timeout, reason
 
 
 class DriverError(Exception):
@@ -74,3 +74,32 @@ def test_a_lost_connection_refuses_nothing() -> None:
 )
 def test_a_timeout_is_told_by_its_code(sqlstate: str, timeout: bool) -> None:
     assert is_timeout(error(sqlstate)) is timeout
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        ("22P02", "invalid text representation (22P02)"),
+        ("22003", "numeric value out of range (22003)"),
+        ("22ABC", "data error (22ABC)"),  # of which the drivers know nothing
+    ],
+)
+@pytest.mark.parametrize(
+    "message",
+    [
+        'invalid input syntax for type integer: "secret"',
+        "ungültige Eingabesyntax für Typ integer: »secret«",
+        "syntaxe en entrée invalide pour le type integer : « secret »",
+        "型integerの入力構文が不正です: secret",
+    ],
+)
+def test_of_an_error_about_a_value_its_kind_is_said_and_no_value_in_any_language(
+    database_url: str, message: str, code: str, kind: str
+) -> None:
+    engine = sa.create_engine(database_url, poolclass=sa.NullPool)
+    statement = f"DO $$ BEGIN RAISE '%', '{message}' USING ERRCODE = '{code}'; END $$"
+    with engine.connect() as connection, pytest.raises(sa.exc.DataError) as raised:
+        connection.exec_driver_sql(statement.replace("%", "%%"))
+    assert reason(raised.value) == kind
+    assert raised.value.orig is not None
+    assert reason(raised.value.orig) == kind

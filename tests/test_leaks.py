@@ -39,7 +39,7 @@ MESSAGES = {
         " constraint",
     ),
     "misspell": ("FAILED", 'ProgrammingError: column "misspelt" does not exist'),
-    "cast": ("FAILED", "DataError: invalid input syntax for type integer: …"),
+    "cast": ("FAILED", "DataError: invalid text representation (22P02)"),
     "choose": (
         "FAILED",
         "StatementError: … is not among the defined enum values. Enum name: mood. Possible values:"
@@ -204,5 +204,5 @@ def test_what_a_failing_log_prints_holds_no_values_either(
         log.logger.removeFilter(refuse)
     printed = capsys.readouterr().err
     assert "RuntimeError: no log" in printed
-    assert "invalid input syntax for type integer: …" in printed
+    assert "invalid text representation (22P02)" in printed
     assert not TRACE.search(printed)

@@ -121,7 +121,7 @@ ROWS: dict[str, tuple[dict[str, Any], str, str]] = {
     "a channel without a name, taken over": (
         {"channel": "", "state": "PROCESSING"},
         "FAILED",
-        "channel name cannot be empty",
+        "invalid parameter value (22023)",
     ),
     "the first id": ({"id": NIL}, "DONE", ""),
     "the last id": ({"id": "ffffffff-ffff-ffff-ffff-ffffffffffff"}, "DONE", ""),
