@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import typing as t
 
@@ -71,10 +70,18 @@ def is_interruption(error: BaseException, losses: t.Collection[BaseException]) -
 # What is said of them.
 
 
+def name_of(error: BaseException) -> str:
+    """What an exception's class is called, whatever its metaclass makes of that."""
+    return t.cast(str, type.__dict__["__name__"].__get__(type(error)))
+
+
 def is_of_database(error: BaseException) -> bool:
     """Whether an error is the database's, the driver's, or SQLAlchemy's about one of theirs."""
     kinds = sa.exc.StatementError, sa.exc.PendingRollbackError
-    return isinstance(error, kinds) or hasattr(error, "diag")
+    try:
+        return isinstance(error, kinds) or hasattr(error, "diag")
+    except Exception:  # a property of an exception of the app's
+        return False
 
 
 def reason(error: BaseException) -> str:
@@ -86,7 +93,7 @@ def reason(error: BaseException) -> str:
     if code.startswith(ABOUT_A_VALUE):
         # Its message quotes the value, each language in its own way. The driver's class has the
         # name that PostgreSQL has for the code.
-        return f"{WORD.sub(' ', type(cause).__name__).lower()} ({code})"
+        return f"{WORD.sub(' ', name_of(cause)).lower()} ({code})"
     text = getattr(diag, "message_primary", None) or str(cause)
     if isinstance(error, sa.exc.StatementError) and not isinstance(error, sa.exc.DBAPIError):
         text = QUOTED.sub("…", text)  # SQLAlchemy itself refuses a value
@@ -94,23 +101,62 @@ def reason(error: BaseException) -> str:
     return " ".join(text.partition(" Original exception was: ")[0].split())
 
 
-def hide_values(error: BaseException | None) -> None:
-    """Let an exception, and those behind and in it, say of the database's errors only what
-    :func:`reason` does: a traceback would show all."""
-    errors, seen = [error], set[int]()
-    while errors:
-        each = errors.pop()
-        if each is None or id(each) in seen:  # an exception may be its own cause
+def without_values(error: BaseException) -> BaseException:
+    """An exception that says, as those behind and in it do, of the database's errors only what
+    :func:`reason` does: a traceback would show all. They are copies, for the app may still look at
+    its own.
+
+    :return: the exception itself, if there is none of the database's.
+    """
+    errors: dict[int, BaseException] = {}
+    found: list[BaseException | None] = [error]
+    while found:
+        each = found.pop()
+        if each is None or id(each) in errors:  # an exception may be its own cause
             continue
-        seen.add(id(each))
-        errors += [each.__cause__, each.__context__]
+        errors[id(each)] = each
+        found += [each.__cause__, each.__context__]
+        if isinstance(each, sa.exc.StatementError):
+            found.append(each.orig)
         if isinstance(each, BaseExceptionGroup):
-            errors += each.exceptions
-        with contextlib.suppress(Exception):  # it may be of any kind
-            if is_of_database(each):
-                text = reason(each)
-                if isinstance(each, sa.exc.StatementError):
-                    each.hide_parameters = True
-                    if each.orig is not None:
-                        each.orig.args = (text,)
-                each.args = (text,)
+            found += each.exceptions
+    if not any(is_of_database(each) for each in errors.values()):
+        return error
+    copies: dict[int, BaseException] = {}
+    for key, each in reversed(errors.items()):  # what is in a group before the group
+        copies[key] = copy_of(each, copies)
+    for key, each in errors.items():
+        copy = copies[key]
+        copy.__cause__ = copies.get(id(each.__cause__))
+        copy.__context__ = copies.get(id(each.__context__))
+        copy.__suppress_context__ = each.__suppress_context__
+        copy.__traceback__ = each.__traceback__
+        if isinstance(copy, sa.exc.StatementError):
+            copy.orig = copies.get(id(copy.orig))
+    return copies[id(error)]
+
+
+def copy_of(error: BaseException, copies: t.Mapping[int, BaseException]) -> BaseException:
+    """A copy of an exception, by itself; without values, if it is the database's.
+
+    :param copies: of those that a group may hold, by the id of what they are copies of.
+    """
+    kind = type(error)
+    try:  # they may be of any kind
+        if isinstance(error, BaseExceptionGroup):
+            inside = [copies[id(each)] for each in error.exceptions]
+            return kind.__new__(kind, error.message, inside)
+        # Not ``__init__``, which may do or want anything.
+        copy = kind.__new__(kind, *error.args)
+        if not is_of_database(error):
+            copy.args = error.args
+            vars(copy).update(vars(error))
+            return copy
+        copy.args = (reason(error),)
+        if isinstance(error, sa.exc.SQLAlchemyError):  # the driver's keep the answer
+            vars(copy).update(vars(error))
+        if isinstance(copy, sa.exc.StatementError):
+            copy.hide_parameters = True
+        return copy
+    except Exception:
+        return Exception(name_of(error))

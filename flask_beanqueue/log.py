@@ -8,7 +8,7 @@ import sys
 import traceback
 import typing as t
 
-from .errors import hide_values
+from .errors import without_values
 
 
 class Log(logging.LoggerAdapter[logging.Logger]):
@@ -22,14 +22,15 @@ class Log(logging.LoggerAdapter[logging.Logger]):
 
     def log(self, level: int, msg: object, *args: object, **kwargs: t.Any) -> None:
         try:
-            if kwargs.get("exc_info"):
-                hide_values(sys.exc_info()[1])
+            if not self.isEnabledFor(level):
+                return
+            if kwargs.get("exc_info") and (error := sys.exc_info()[1]) is not None:
+                kwargs["exc_info"] = without_values(error)
             super().log(level, msg, *args, stacklevel=2, **kwargs)
-        except BaseException as error:  # one that is logged may raise anything as it is formatted
+        except BaseException as problem:  # one that is logged may raise anything as it is formatted
             if logging.raiseExceptions:  # as handlers do it
                 with contextlib.suppress(BaseException):
-                    hide_values(error)
-                    traceback.print_exc()
+                    traceback.print_exception(without_values(problem))
 
 
 log = Log(logging.getLogger("flask_beanqueue"))

@@ -14,7 +14,7 @@ from sqlalchemy.engine import Connection
 from . import signals
 from .arguments import to_json
 from .claim import Claim
-from .errors import is_interruption, is_of_database, reason
+from .errors import is_interruption, is_of_database, name_of, reason
 from .listen import notify_name
 from .log import log
 from .models import DONE, FAILED, PENDING, PROCESSING, uuid7
@@ -371,11 +371,6 @@ def describe(error: BaseException) -> str:
     except BaseException as unprintable:
         text = f"{kind}: (its message cannot be read: {name_of(unprintable)})"
     return storable_text(text, MESSAGE_LENGTH)
-
-
-def name_of(error: BaseException) -> str:
-    """What an exception's class is called, whatever its metaclass makes of that."""
-    return t.cast(str, type.__dict__["__name__"].__get__(type(error)))
 
 
 def trace(error: BaseException) -> str:

@@ -206,3 +206,21 @@ def test_what_a_failing_log_prints_holds_no_values_either(
     assert "RuntimeError: no log" in printed
     assert "invalid text representation (22P02)" in printed
     assert not TRACE.search(printed)
+
+
+def test_what_is_logged_stays_as_it_is_for_the_app(
+    caplog: pytest.LogCaptureFixture, database_url: str
+) -> None:
+    said = []
+    engine = sa.create_engine(database_url, poolclass=sa.NullPool)
+    with engine.connect() as connection:
+        try:
+            connection.execute(sa.text("SELECT CAST(:password AS int)"), {"password": SECRET})
+        except sa.exc.DataError as error:
+            said.append(str(error))
+            log.exception("A value is refused")
+            said.append(str(error))
+    assert said[0] == said[1]
+    assert TRACE.search(said[0])
+    assert "invalid text representation (22P02)" in caplog.text
+    assert not TRACE.search(caplog.text)
