@@ -118,7 +118,7 @@ class Trial:
 
     @property
     def dead(self) -> int:
-        """How many workers were declared dead."""
+        """How many workers count as dead."""
         return self.system.dead(self.place.dsn)
 
     def execute(self, statement: str) -> int:
@@ -193,7 +193,7 @@ def conduct(scenario: Scenario, system_name: str, *, hasty: bool = False) -> Ver
         if trial.faults < (wanted := max(trial.wanted, 1)):
             trial.broken.append(f"{trial.faults} faults seen of {wanted}")
         codes = watch.stop()
-        if any(codes):
+        if set(codes) != {system.code}:
             trial.broken.append(f"workers left with {codes}")
         if odd := sorted(set(watch.codes) - set(scenario.codes)):
             trial.broken.append(f"workers ended with {odd} by themselves")

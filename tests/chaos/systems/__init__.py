@@ -20,6 +20,8 @@ class System(Protocol):
 
     #: What tables call it.
     name: str
+    #: The exit code of a worker that was told to leave.
+    code: int
 
     def __init__(self, url: str) -> None: ...
 
@@ -37,7 +39,7 @@ class System(Protocol):
         """
 
     def dead(self, dsn: str) -> int:
-        """How many workers were declared dead."""
+        """How many workers count as dead."""
 
     def undone(self, dsn: str) -> dict[str, int]:
         """How many tasks are not done, by state."""

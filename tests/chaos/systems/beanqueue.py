@@ -56,6 +56,7 @@ def send(number: int) -> None:
 
 class BeanQueue:
     name = "BeanQueue"
+    code = -15  # it has no handler for SIGTERM
 
     def __init__(self, url: str) -> None:
         self._engine = sa.create_engine(url)

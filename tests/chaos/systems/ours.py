@@ -15,6 +15,7 @@ from ..ledger import cursor
 
 class Ours:
     name = "flask_beanqueue"
+    code = 0
 
     def __init__(self, url: str) -> None:
         self._app: Flask = shop.create_app(url)
