@@ -13,9 +13,8 @@ from flask_sqlalchemy import SQLAlchemy
 
 from flask_beanqueue import BeanQueue
 from flask_beanqueue.connection import Line, connect, limits, named
-from flask_beanqueue.errors import TROUBLE
+from flask_beanqueue.errors import TROUBLE, reason
 from flask_beanqueue.listen import Listener
-from flask_beanqueue.log import reason
 
 from .conftest import MakeApp, parameters
 

@@ -21,7 +21,7 @@ from sqlalchemy.dialects.postgresql import psycopg2 as dialect
 from flask_beanqueue.claim import Claim
 from flask_beanqueue.marks import Level
 from flask_beanqueue.models import uuid7
-from flask_beanqueue.queries import array, milliseconds
+from flask_beanqueue.queries import array, behind, milliseconds
 from flask_beanqueue.writer import LOCK_TIMEOUT
 
 from .. import app as bench
@@ -127,14 +127,7 @@ def add_worker(cursor: Any) -> str:
 
 def claim_from(level: Level, worker_id: str, limit: int) -> dict[str, Any]:
     """The parameters of the worker's claim."""
-    return {
-        "worker_id": worker_id,
-        "channels": [level.channel],
-        "priorities": [level.priority],
-        "ats": [level.at],
-        "ids": [level.id],
-        "limit": limit,
-    }
+    return {"worker_id": worker_id, **behind([level], limit, ())}
 
 
 def finish_of(rows: list[tuple[Any, ...]]) -> dict[str, Any]:
