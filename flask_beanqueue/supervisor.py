@@ -49,7 +49,7 @@ def flush() -> None:
 
 
 class Supervisor:
-    """Starts processes by fork, replaces those that end, and passes SIGTERM and SIGINT on.
+    """Starts processes by fork, replaces those that end, and passes on the signals to leave.
 
     It must be used before the process has threads. If it is killed itself, its processes get
     SIGTERM.

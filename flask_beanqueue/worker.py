@@ -102,7 +102,7 @@ class Worker:
             self.concurrency,
             Executor(app, queue, registry, config).execute,
             self._bell.ring_if_asleep,
-            self._has_lost_thread,
+            self._lost_thread,
             config.BATCH_SIZE,
         )
         self._writer = Writer(app, queue, config.BATCH_SIZE, self._released)
@@ -196,7 +196,7 @@ class Worker:
                 queries,
                 self.config,
                 self.id,
-                on_death=self._is_dead,
+                on_death=self._declared_dead,
                 on_burial=self._take_over_soon,
             )
             heartbeat.start()
@@ -232,14 +232,14 @@ class Worker:
     def _signal(self, which: t.Any) -> None:
         signals.send(which, self.app, worker_id=self.id, channels=self.channels)
 
-    def _is_dead(self) -> None:
+    def _declared_dead(self) -> None:
         self._die(
             "was declared dead: it sent no heartbeat for"
             f" {self.config.WORKER_HEARTBEAT_TIMEOUT:g} s (BQ_WORKER_HEARTBEAT_TIMEOUT), or its row"
             " was deleted"
         )
 
-    def _has_lost_thread(self) -> None:
+    def _lost_thread(self) -> None:
         self._die("has lost a thread that runs tasks")
 
     def _die(self, why: str) -> None:
@@ -568,7 +568,7 @@ class Worker:
         connection = self._line.connection
         alive, _ = self.queue.queries.beat(connection, self.id, timeout)
         if not alive and not self._stopping:
-            self._is_dead()
+            self._declared_dead()
         self._give_back_strays()
         # A backend that was lost may be at work still.
         self._strays_at = time.monotonic() + timeout

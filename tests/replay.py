@@ -149,7 +149,7 @@ class Worker:
             bq.queries,
             bq.config(app),
             worker_id,
-            on_death=self.package._is_dead,
+            on_death=self.package._declared_dead,
             on_burial=self._bury,
         )
         self.heartbeat.line = types.SimpleNamespace(connection=control)
