@@ -5,9 +5,11 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import hashlib
+import selectors
 import threading
 import time
 import typing as t
+import uuid
 
 from sqlalchemy.engine import Connection, Engine
 
@@ -20,8 +22,10 @@ RETRY_AFTER = 1.0
 RETRY_WITHIN = 30.0
 #: Seconds that the first attempt is waited for, so that a worker can say whether it listens.
 FIRST_ATTEMPT = 2.0
-#: Seconds that an attempt may hold up who makes it by itself.
+#: Seconds that connecting may hold up who does it by itself.
 SHORT = 2
+#: Seconds that the listener waits for what it has told itself.
+ECHO_WITHIN = 2.0
 
 
 def notify_name(channel: str) -> str:
@@ -82,6 +86,45 @@ def close_made(future: concurrent.futures.Future[t.Any]) -> None:
         future.result().close()
 
 
+def notifications(connection: t.Any) -> list[str]:
+    """Take the notifications that have come; return their names.
+
+    :param connection: the driver's.
+    """
+    names = []
+    if hasattr(connection, "pgconn"):  # psycopg 3
+        connection.pgconn.consume_input()
+        while (notified := connection.pgconn.notifies()) is not None:
+            names.append(notified.relname.decode())
+    else:
+        connection.poll()
+        names += [notified.channel for notified in connection.notifies]
+        connection.notifies.clear()
+    return names
+
+
+def hears(connection: t.Any, teller: Engine) -> bool:
+    """Whether what is told in the database that an engine leads to is heard on a connection."""
+    name = f"bq_{uuid.uuid4().hex}"
+    with connection.cursor() as cursor:
+        cursor.execute(f'LISTEN "{name}"')
+    told = open_beside(teller)
+    told.detach()
+    with contextlib.closing(told), told.cursor() as cursor:
+        cursor.execute(f'NOTIFY "{name}"')
+        told.commit()
+    until = time.monotonic() + ECHO_WITHIN
+    heard = False
+    with selectors.DefaultSelector() as selector:
+        selector.register(connection.fileno(), selectors.EVENT_READ)
+        while not heard and (left := until - time.monotonic()) > 0.0:
+            selector.select(left)
+            heard = name in notifications(connection)
+    with connection.cursor() as cursor:
+        cursor.execute("UNLISTEN *")
+    return heard
+
+
 class Listener:
     """A connection in autocommit that LISTENs, outside the pool and outside any transaction: an
     open one would keep vacuum from its work.
@@ -90,7 +133,8 @@ class Listener:
     :param channels: the queue's channels.
     :param name: what the database calls the connection, if the engine does not say.
     :param timeout: seconds within which it is to find out that the network is gone; with ``name``.
-    :param trusted: whether news is known to come through, even if a pooler is in between.
+    :param teller: the app's engine, if it connects elsewhere. What is told there must be heard
+        here; a pooler may be in between.
     :param ring: called from another thread when :meth:`listen` is to be called, for it connects
         there. Without it, it does so itself, for who forks must have no threads.
     """
@@ -102,14 +146,14 @@ class Listener:
         *,
         name: str | None = None,
         timeout: float = 0.0,
-        trusted: bool = False,
+        teller: Engine | None = None,
         ring: t.Callable[[], None] | None = None,
     ) -> None:
         self._engine = engine
         self._names = [notify_name(channel) for channel in channels]
         self._name = name
         self._timeout = timeout
-        self._trusted = trusted
+        self._teller = teller
         self._ring = ring
         self._connection: t.Any = None
         #: What another thread is at.
@@ -178,31 +222,48 @@ class Listener:
         """Make a connection that LISTENs."""
         own = None
         if self._name:
-            own = named([self._engine], self._name, self._timeout, connect_timeout=SHORT)
+            engines = [self._engine, self._teller or self._engine]
+            own = named(engines, self._name, self._timeout, connect_timeout=SHORT)
         with own or contextlib.nullcontext():
             borrowed = open_beside(self._engine)
-        connection = borrowed.dbapi_connection
-        borrowed.detach()
-        try:
-            connection.rollback()
-            connection.autocommit = True
-            with connection.cursor() as cursor:
-                if not self._trusted:
-                    cursor.execute("SELECT pg_backend_pid()")
-                    if is_pooled(connection, cursor.fetchone()[0]):
-                        raise PoolerError(
-                            "a pooler stands before the database. Set BQ_LISTEN_DATABASE_URL to"
-                            " the database's own address (or to the pooler's, if it keeps a"
-                            " backend for each session), or BQ_LISTEN=false to poll without this"
-                            " message."
-                        )
-                for name in self._names:
-                    quoted = name.replace('"', '""')
-                    cursor.execute(f'LISTEN "{quoted}"')
-        except BaseException:
-            connection.close()
-            raise
+            connection = borrowed.dbapi_connection
+            borrowed.detach()
+            try:
+                connection.rollback()
+                connection.autocommit = True
+                self._check(connection)
+                with connection.cursor() as cursor:
+                    for name in self._names:
+                        quoted = name.replace('"', '""')
+                        cursor.execute(f'LISTEN "{quoted}"')
+            except BaseException:
+                connection.close()
+                raise
         return connection
+
+    def _check(self, connection: t.Any) -> None:
+        """See whether what the app's database tells will come through.
+
+        :raises PoolerError: if a pooler is in between.
+        :raises RuntimeError: if it is not heard for another reason.
+        """
+        if self._teller is not None:
+            if not hears(connection, self._teller):
+                raise RuntimeError(
+                    "at BQ_LISTEN_DATABASE_URL, nothing is heard of what the app's database tells."
+                    " It must lead to the same database of the same server, and through no pooler"
+                    " unless that keeps a backend for each session"
+                )
+            return
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT pg_backend_pid()")
+            [pid] = cursor.fetchone()
+        if is_pooled(connection, pid):
+            raise PoolerError(
+                "a pooler stands before the database. Set BQ_LISTEN_DATABASE_URL to the database's"
+                " own address (or to the pooler's, if it keeps a backend for each session), or"
+                " BQ_LISTEN=false to poll without this message."
+            )
 
     def fileno(self) -> int:
         """For a selector: readable when notifications have come, or the connection has gone."""
@@ -211,16 +272,7 @@ class Listener:
     def drain(self) -> bool:
         """Take the notifications that have come, and tell whether there were any."""
         try:
-            if self._engine.driver == "psycopg":
-                self._connection.pgconn.consume_input()
-                notified = 0
-                while self._connection.pgconn.notifies():
-                    notified += 1
-            else:
-                self._connection.poll()
-                notified = len(self._connection.notifies)
-                self._connection.notifies.clear()
-            return notified > 0
+            return bool(notifications(self._connection))
         except Exception as error:
             log.warning("The LISTEN connection is lost: %s", reason(error))
             self.close()

@@ -140,7 +140,7 @@ class Worker:
             self.channels,
             name=name,
             timeout=self.config.WORKER_HEARTBEAT_TIMEOUT,
-            trusted=self.config.LISTEN_DATABASE_URL is not None,
+            teller=None if self.listen_engine is self.engine else self.engine,
             ring=None if name else self._bell.ring,
         )
 

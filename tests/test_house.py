@@ -200,6 +200,8 @@ NO_LITERALS = {
     ("models", "add_constraints", "f'state IN ({values})'"),
     # With a name that is made of a UUID or a constant.
     ("connection", "connect", "f\"SET application_name = '{name}'\""),
+    ("listen", "hears", "f'LISTEN \"{name}\"'"),
+    ("listen", "hears", "f'NOTIFY \"{name}\"'"),
     # With the name of a channel, quoted: LISTEN takes no parameters.
     ("listen", "_connect", "f'LISTEN \"{quoted}\"'"),
 }

@@ -177,3 +177,33 @@ def test_who_connects_by_itself_is_not_held_up_for_long(app: Flask, bq: BeanQueu
         assert it.listen()
         assert not any(each.name == "beanqueue-listen" for each in threading.enumerate())
         assert parameters(made[-1])["connect_timeout"] == "2"
+
+
+def test_a_worker_that_listens_at_another_database_says_so_and_polls(
+    make_app: MakeApp,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    other_database_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(listen, "ECHO_WITHIN", 0.1)
+    app = make_app(db, bq, BQ_LISTEN_DATABASE_URL=other_database_url)
+    with running(app, bq, "default"):
+        wait_until(lambda: "polling every 1 s" in caplog.text)
+    assert "LISTEN fails, polling meanwhile: at BQ_LISTEN_DATABASE_URL, nothing is" in caplog.text
+
+
+@pytest.mark.parametrize("by_itself", [False, True])
+def test_a_listener_at_an_address_of_its_own_hears_what_the_app_tells(
+    app: Flask, bq: BeanQueue, database_url: str, by_itself: bool
+) -> None:
+    engine = sa.create_engine(database_url, poolclass=sa.NullPool)
+    name = "beanqueue test" if by_itself else None
+    with contextlib.closing(
+        Listener(engine, ["default"], name=name, timeout=20.0, teller=bq.engine(app))
+    ) as listener:
+        assert listener.listen()
+        query(database_url, 'NOTIFY "default"')
+        wait_until(listener.drain)
