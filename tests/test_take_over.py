@@ -19,7 +19,7 @@ from flask_beanqueue.models import uuid7
 from flask_beanqueue.writer import Writer
 
 from .conftest import running
-from .probe import Probe
+from .probe import Probe, query
 from .triggers import trigger
 
 Work = Callable[..., None]
@@ -36,6 +36,17 @@ def take_over(app: Flask, bq: BeanQueue, other: Writer) -> Iterator[Callable[[],
     connection = connect(bq.engine(app))
     yield lambda: other.take_over(connection, 3)
     connection.close()
+
+
+@pytest.fixture
+def on_update(app: Flask, database_url: str) -> Callable[[str, str], None]:
+    """Makes a trigger on the updates of all tasks whose functions' names start with its own."""
+
+    def make(name: str, body: str) -> None:
+        condition = f"starts_with(NEW.func_name, '{name}')"
+        query(database_url, trigger(name, "BEFORE UPDATE ON bq_tasks", body, condition=condition))
+
+    return make
 
 
 def add_worker(app: Flask, bq: BeanQueue, state: str) -> Any:
@@ -123,8 +134,8 @@ def test_tasks_that_somebody_has_locked_are_taken_over_later(
         take_over()
         take_over()
         with bq.engine(app).connect() as connection:
-            query = sa.select(bq.Task.__table__.c.id, bq.Task.__table__.c.state)
-            states = {row.id: row.state for row in connection.execute(query)}
+            rows = connection.execute(sa.select(bq.Task.__table__.c["id", "state"]))
+            states = {row.id: row.state for row in rows}
         assert states == {locked_id: "PROCESSING", free_id: "PENDING"}
         db.session.rollback()
         take_over()
@@ -135,21 +146,13 @@ def test_a_trigger_that_waits_holds_up_no_other_outcome_of_its_statement(
     app: Flask,
     db: SQLAlchemy,
     bq: BeanQueue,
+    on_update: Callable[[str, str], None],
     take_over: Callable[[], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(writer, "LOCKED_AGAIN", 0.0)
     with app.app_context():
-        db.session.execute(
-            sa.text(
-                trigger(
-                    "wait",
-                    "BEFORE UPDATE ON bq_tasks",
-                    "PERFORM pg_advisory_xact_lock(1)",
-                    condition="NEW.func_name = 'slow'",
-                )
-            )
-        )
+        on_update("slow", "PERFORM pg_advisory_xact_lock(1)")
         tasks = [held(bq, name=name) for name in ("f", "slow", "f", "slow", "f")]
         db.session.add_all(tasks)
         db.session.commit()
@@ -194,19 +197,15 @@ def test_an_outcome_that_is_refused_holds_up_no_other_and_is_given_up_in_the_end
     ],
 )
 def test_a_trigger_that_raises_for_one_task_holds_up_no_other(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, take_over: Callable[[], None], body: str
+    app: Flask,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    on_update: Callable[[str, str], None],
+    take_over: Callable[[], None],
+    body: str,
 ) -> None:
     with app.app_context():
-        db.session.execute(
-            sa.text(
-                trigger(
-                    "odd",
-                    "BEFORE UPDATE ON bq_tasks",
-                    body,
-                    condition="NEW.func_name = 'odd'",
-                )
-            )
-        )
+        on_update("odd", body)
         odd, *others = (held(bq, name=name) for name in ("odd", "f", "f"))
         db.session.add_all([odd, *others])
         db.session.commit()
@@ -218,6 +217,7 @@ def test_outcomes_that_take_too_long_are_kept_each_gets_its_turn_and_others_go_o
     app: Flask,
     db: SQLAlchemy,
     bq: BeanQueue,
+    on_update: Callable[[str, str], None],
     take_over: Callable[[], None],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -225,16 +225,7 @@ def test_outcomes_that_take_too_long_are_kept_each_gets_its_turn_and_others_go_o
     """A statement_timeout is no fault of theirs."""
     monkeypatch.setattr(writer, "LOCKED_AGAIN", 0.0)
     with app.app_context():
-        db.session.execute(
-            sa.text(
-                trigger(
-                    "slow",
-                    "BEFORE UPDATE ON bq_tasks",
-                    "RAISE EXCEPTION 'too slow' USING ERRCODE = 'query_canceled'",
-                    condition="starts_with(NEW.func_name, 'slow')",
-                )
-            )
-        )
+        on_update("slow", "RAISE EXCEPTION 'too slow' USING ERRCODE = 'query_canceled'")
         tasks = [held(bq, name=name) for name in ("f", "slow 1", "f", "slow 2", "f")]
         db.session.add_all(tasks)
         db.session.commit()

@@ -647,7 +647,13 @@ def test_a_locked_row_is_passed_and_done_later(
 
 
 def test_a_trigger_that_waits_holds_up_no_other_task(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log, probe: Probe
+    app: Flask,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    database_url: str,
+    note: Any,
+    log: Log,
+    probe: Probe,
 ) -> None:
     """The rows of the queue are not locked then, but what an app's own trigger wants."""
     probe.listen_states()
@@ -656,18 +662,14 @@ def test_a_trigger_that_waits_holds_up_no_other_task(
     def slow() -> None:
         log.add("slow")
 
+    waits = trigger(
+        "wait",
+        "BEFORE UPDATE ON bq_tasks",
+        "PERFORM pg_advisory_xact_lock(1)",
+        condition="NEW.func_name = 'slow' AND NEW.state = 'DONE'",
+    )
+    query(database_url, waits)
     with app.app_context(), running(app, bq):
-        db.session.execute(
-            sa.text(
-                trigger(
-                    "wait",
-                    "BEFORE UPDATE ON bq_tasks",
-                    "PERFORM pg_advisory_xact_lock(1)",
-                    condition="NEW.func_name = 'slow' AND NEW.state = 'DONE'",
-                )
-            )
-        )
-        db.session.commit()
         with bq.engine(app).begin() as connection:
             connection.execute(sa.text("SELECT pg_advisory_xact_lock(1)"))
             first = slow.enqueue()
