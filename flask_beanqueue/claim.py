@@ -65,6 +65,11 @@ class Claim:
         return uuid.UUID(self.key)
 
     @property
+    def token(self) -> str:
+        """What tells it from all other claims, also of its task."""
+        return f"{self.key}/{self.claims}"
+
+    @property
     def name(self) -> str:
         """What it names, for people: a row may hold what would look like a line of the log."""
         name = f"{self.module}.{self.func_name}"

@@ -16,10 +16,12 @@ from .log import log
 from .marks import Look, Marks
 from .queue import Queue
 
-#: Seconds for which a task that cannot be claimed is left out, and for how many at a time: they are
-#: told to each claim.
+#: Seconds for which a task that cannot be claimed is left out.
 REFUSED_FOR = 60.0
-MOST_REFUSED = 1000
+#: How many are, at most: they are told to each claim. And how many of them are named in the log.
+MOST_REFUSED, MOST_NAMED = 1000, 20
+#: Finding out about more than that may take one twentieth of the time.
+CROWD_SHARE = 20
 
 Claimed = t.TypeVar("Claimed")
 
@@ -30,7 +32,7 @@ class Claimer:
     :param channels: whose tasks.
     :param marks: where to start.
     :param batch_size: how many tasks are claimed at once, at most.
-    :param given_up: keys of tasks that stay PROCESSING although they run no more.
+    :param given_up: tokens of claims whose tasks stay PROCESSING although they run no more.
     """
 
     def __init__(
@@ -49,12 +51,12 @@ class Claimer:
         #: How many tasks to claim at once: half as many where one of them cannot be claimed, and
         #: twice as many where all can.
         self._most = batch_size
-        #: The tasks that cannot be claimed, the first ones first, and until when they are left out.
+        #: The tasks that could not be claimed, and until when they are left out, by that time.
         self._refused: dict[str, float] = {}
         #: Those that may be such tasks.
         self._doubtful: set[str] = set()
-        #: Those of which it has been said.
-        self._said: set[str] = set()
+        #: Not to claim again until then, by the monotonic clock.
+        self.quiet_until = 0.0
 
     def at_once(self, wanted: int) -> int:
         """How many of so many tasks to claim with one statement."""
@@ -63,13 +65,14 @@ class Claimer:
     def claim(self, connection: Connection, worker_id: uuid.UUID, limit: int) -> list[Claim] | None:
         """Claim up to ``limit`` tasks; None if the database does not let one of them be claimed.
         The next calls then find out which one it is, and leave it out."""
+        start = time.monotonic()
         queries, levels, refused = self._queue.queries, self._marks.turn(), self._left_out()
         try:
             claims = with_or_without_arguments(
                 functools.partial(queries.claim, connection, worker_id, levels, limit, refused)
             )
         except sa.exc.DBAPIError as error:
-            if not queries.refuses(connection, error):
+            if not queries.check_refusal(connection, error):
                 raise
             self._most = max(limit // 2, 1)
             if limit > 1:
@@ -77,7 +80,7 @@ class Claimer:
             front = queries.next(connection, levels, refused)
             if front is None:
                 return []  # another worker is trying it
-            if self._leaves_out(front.id, error):
+            if self._leaves_out(connection, front.id, error, start):
                 # There may be more of them than are left out.
                 self._marks.step_over(front)
             return None
@@ -86,6 +89,7 @@ class Claimer:
 
     def claim_suspect(self, connection: Connection, worker_id: uuid.UUID) -> Claim | None:
         """Claim one task that was in a crash, if there is one and it can be had."""
+        start = time.monotonic()
         queries = self._queue.queries
         wanted = self._channels, self._left_out(), self._given_up
         try:
@@ -93,11 +97,12 @@ class Claimer:
                 functools.partial(queries.claim_suspect, connection, worker_id, *wanted)
             )
         except sa.exc.DBAPIError as error:
-            if not queries.refuses(connection, error):
+            if not queries.check_refusal(connection, error):
                 raise
             if (key := queries.next_suspect(connection, *wanted)) is not None:
-                self._leaves_out(key, error)
-                self._marks.look_soon()  # for the next one
+                self._leaves_out(connection, key, error, start)
+                if not self.quiet_until:
+                    self._marks.look_soon()  # for the next one
             return None
 
     def look(self, connection: Connection) -> Look:
@@ -109,25 +114,45 @@ class Claimer:
     def _left_out(self) -> list[str]:
         """The tasks to leave out now."""
         now = time.monotonic()
-        while self._refused and now >= next(iter(self._refused.values())):
-            del self._refused[next(iter(self._refused))]
-        return list(self._refused)
+        while self._refused and now >= next(iter(self._refused.values())) + REFUSED_FOR:
+            del self._refused[next(iter(self._refused))]  # it has not come again
+        return [key for key, until in self._refused.items() if until > now]
 
-    def _leaves_out(self, key: str, error: sa.exc.DBAPIError) -> bool:
-        """Leave out a task that came first after a claim was refused, and tell whether: it must
-        happen twice, for a task may come first that was not there yet when the claim was made.
-        Of one that could not be claimed before, it is known."""
-        if key not in self._doubtful and key not in self._said:
+    def _leaves_out(
+        self, connection: Connection, key: str, error: sa.exc.DBAPIError, start: float
+    ) -> bool:
+        """Leave out a task that came first after a claim was refused, and tell whether.
+
+        That must happen twice, for it may have been inserted between the claim and the look for
+        what comes first. One that could not be claimed before is left out at once.
+
+        :param start: when it began to be found out.
+        :raises sqlalchemy.exc.DBAPIError: if no task can be claimed.
+        """
+        self.quiet_until = 0.0
+        known = key in self._refused
+        if not known and key not in self._doubtful:
             self._doubtful.add(key)
             return False
         self._doubtful.clear()
+        if not known:
+            self._queue.queries.check_tables(connection)
+            self._name(key, error)
+        now = time.monotonic()
+        self._refused.pop(key, None)
         if len(self._refused) == MOST_REFUSED:
-            del self._refused[next(iter(self._refused))]
-        self._refused[key] = time.monotonic() + REFUSED_FOR
-        if key not in self._said:
-            self._said.add(key)
-            log.error("Task %s cannot be claimed: %s", key, reason(error))
+            first = next(iter(self._refused))
+            if self._refused.pop(first) > now:  # too early: it comes again, and so on for ever
+                self.quiet_until = now + CROWD_SHARE * (now - start)
+        self._refused[key] = now + REFUSED_FOR
         return True
+
+    def _name(self, key: str, error: sa.exc.DBAPIError) -> None:
+        """Say in the log that a task cannot be claimed, unless there are too many."""
+        if len(self._refused) < MOST_NAMED:
+            log.error("Task %s cannot be claimed: %s", key, reason(error))
+        elif len(self._refused) == MOST_NAMED:
+            log.error("More than %d tasks cannot be claimed: %s", MOST_NAMED, reason(error))
 
 
 def with_or_without_arguments(claim: t.Callable[..., Claimed]) -> Claimed:

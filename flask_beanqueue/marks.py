@@ -100,14 +100,15 @@ class Marks:
         self.next_look = 0.0
 
     def turn(self) -> list[Level]:
-        """The levels by priority; of equal ones, each channel comes first in its turn."""
-        self._turns += 1
+        """The levels by priority; of equal ones, each channel comes first in its turn, which lasts
+        until something has been claimed or passed over."""
         levels = list(self._levels.values())
         start = self._turns % len(levels)
         return sorted(levels[start:] + levels[:start], key=lambda level: level.priority)
 
     def passed(self, claims: t.Sequence[Claim], wanted: int) -> None:
         """Move the marks behind what has been claimed, in the queue's order."""
+        self._turns += 1
         for claim in claims:
             self._levels[claim.channel, claim.priority].mark = claim.scheduled_at, claim.key
         if claims:
@@ -119,6 +120,7 @@ class Marks:
     def step_over(self, front: Front) -> None:
         """Move a mark behind a task that cannot be claimed. A look finds it again, once it is not
         left out any more."""
+        self._turns += 1
         at = front.at if front.at > EXACT_SINCE else front.at + 1e-3
         self._levels[front.channel, front.priority].mark = at, front.id
 

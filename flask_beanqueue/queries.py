@@ -58,6 +58,8 @@ class Queries:
         # What the database does not let be claimed is left out by whatever looks for what waits.
         # An array that is empty, as nearly always, costs nothing.
         self._names["claimable"] = "t.id <> ALL (CAST(:refused AS uuid[]))"
+        # What tells a claim from others, see Claim.token.
+        self._names["token"] = "CAST(t.id AS text) || '/' || t.claims"
 
         # A claim is one statement in autocommit: one round trip, and no transaction that a frozen
         # worker could hold open. The inner part walks the levels in turn and stops at the limit;
@@ -109,10 +111,10 @@ class Queries:
             SELECT wanted.channel
             FROM unnest(CAST(:channels AS text[])) AS wanted (channel)
             WHERE NOT EXISTS (
-                SELECT FROM {tasks} AS other
-                WHERE other.state = 'PROCESSING' AND other.crashes > 0
-                  AND other.channel = wanted.channel AND NOT other.parked
-                  AND other.id <> ALL (CAST(:given_up AS uuid[])))
+                SELECT FROM {tasks} AS t
+                WHERE t.state = 'PROCESSING' AND t.crashes > 0
+                  AND t.channel = wanted.channel AND NOT t.parked
+                  AND {token} <> ALL (CAST(:given_up AS text[])))
             OFFSET 0
         ) AS free""".format(**self._names)
         self._names["suspects"] = """{tasks} AS t
@@ -369,7 +371,7 @@ class Queries:
             SELECT {claim}, EXISTS (
                 SELECT FROM {workers} AS w WHERE w.id = t.worker_id AND w.state = 'SHUTDOWN')
             FROM {tasks} AS t
-            WHERE state = 'PROCESSING' AND NOT parked AND id <> ALL (CAST(:known AS uuid[]))
+            WHERE state = 'PROCESSING' AND NOT parked AND {token} <> ALL (CAST(:known AS text[]))
               AND NOT EXISTS (
                 SELECT FROM {workers} AS w WHERE w.id = t.worker_id AND w.state = 'RUNNING')
             LIMIT :limit
@@ -442,7 +444,7 @@ class Queries:
         """Claim one due task that was in a crash, unless another such task runs.
 
         :param refused: keys of tasks to leave out.
-        :param given_up: keys of such tasks that run no more, although they are PROCESSING.
+        :param given_up: tokens of claims of such tasks that run no more, although PROCESSING.
         """
         row = connection.execute(
             self._claim_suspect if arguments else self._claim_suspect_bare,
@@ -585,7 +587,8 @@ class Queries:
     def check_tables(self, connection: Connection) -> None:
         """See whether the tables are there with all columns, and may be used; read no row.
 
-        :raises sqlalchemy.exc.ProgrammingError: naming what is not.
+        :raises sqlalchemy.exc.DBAPIError: naming what is not; a ProgrammingError, unless it comes
+            from a trigger.
         """
         worker, task, event = self.models.tables
         for table in (worker, task, event):
@@ -596,11 +599,15 @@ class Queries:
         for table in (worker, event):  # and here the right to INSERT
             nothing = sa.select(table.c.id).where(sa.false())
             connection.execute(sa.insert(table).from_select(["id"], nothing))
+        # And what is done all the time: it names the columns, and triggers may be in its way.
+        self.claim(connection, uuid.UUID(int=0), [], 0)
+        self.finish(connection, [])
+        self.settle(connection, [])
 
-    def refuses(self, connection: Connection, error: sa.exc.DBAPIError) -> bool:
-        """Tell whether the database refuses what a statement was given.
+    def check_refusal(self, connection: Connection, error: sa.exc.DBAPIError) -> bool:
+        """See whether the database refuses what a statement was given, and return that.
 
-        :raises sqlalchemy.exc.ProgrammingError: if it would refuse any: the tables do not fit.
+        :raises sqlalchemy.exc.DBAPIError: if it would refuse any: the tables do not fit, say.
         """
         if is_misfit(error):
             self.check_tables(connection)
@@ -645,9 +652,12 @@ class Queries:
     def orphans(
         self, connection: Connection, limit: int, known: t.Iterable[str]
     ) -> list[tuple[Claim, bool]]:
-        """Return tasks that are PROCESSING for no living worker, but for those that are known
-        already; each with whether its worker has shut down in order."""
-        rows = connection.execute(self._orphans, {"limit": limit, "known": list(known)})
+        """Return tasks that are PROCESSING for no living worker, each with whether its worker has
+        shut down in order.
+
+        :param known: tokens of claims to leave out.
+        """
+        rows = connection.execute(self._orphans, {"limit": limit, "known": array(known)})
         return [(Claim(*row[:-1]), row[-1]) for row in rows]
 
     def mine(self, connection: Connection, worker_id: uuid.UUID) -> list[Claim]:

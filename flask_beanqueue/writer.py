@@ -65,7 +65,7 @@ class Writer:
         self._unsure: set[Claim] = set()
         #: What is still to be tried where the database refuses an outcome.
         self._fallbacks: dict[Claim, t.Iterator[Outcome]] = {}
-        #: Tasks of which nothing could be written; they stay PROCESSING.
+        #: Tokens of claims of which nothing could be written; their tasks stay PROCESSING.
         self.given_up: set[str] = set()
 
     @property
@@ -131,7 +131,7 @@ class Writer:
         """
         orphans = None
         while orphans is None or len(orphans) == TAKE_OVER_SIZE:
-            known = {claim.key for claim in self._in_hand} | self.given_up
+            known = {claim.token for claim in self._in_hand} | self.given_up
             orphans = self._queue.queries.orphans(connection, TAKE_OVER_SIZE, known)
             for claim, left in orphans:
                 self.add(
@@ -141,13 +141,9 @@ class Writer:
 
     def give_back_strays(self, connection: Connection, worker_id: uuid.UUID) -> None:
         """Give back claims that were committed although the answer was lost with a connection."""
-        known = {(claim.key, claim.claims) for claim in self._in_hand}
+        known = {claim.token for claim in self._in_hand} | self.given_up
         mine = self._queue.queries.mine(connection, worker_id)
-        strays = [
-            claim
-            for claim in mine
-            if (claim.key, claim.claims) not in known and claim.key not in self.given_up
-        ]
+        strays = [claim for claim in mine if claim.token not in known]
         self.held.update(strays)
         self.give_back(strays)
 
@@ -189,7 +185,7 @@ class Writer:
                     self._write_halves(connection, part)
                 else:
                     self._stall(part[0], error)
-            elif self._queue.queries.refuses(connection, error):
+            elif self._queue.queries.check_refusal(connection, error):
                 if len(part) > 1:
                     self._write_halves(connection, part)
                 else:
@@ -219,8 +215,8 @@ class Writer:
         self._write_part(connection, part[half:])
 
     def _stall(self, outcome: Outcome, error: BaseException) -> None:
-        """Keep an outcome for later, and with it others like it: they would take as long. It is the
-        last one then, for another one may have nothing to wait for."""
+        """Keep an outcome for later, and with it others like it: they would take as long. It goes
+        behind them, so that each gets its turn."""
         others = [
             each
             for each in self._backlog.values()
@@ -238,7 +234,7 @@ class Writer:
             self.add(instead)
             return
         log.error("%s stays %s: nothing can be written of it", claim.label, PROCESSING)
-        self.given_up.add(claim.key)
+        self.given_up.add(claim.token)
         self.release(claim)
 
     def _unlocked(self, connection: Connection, part: list[Outcome]) -> list[Outcome]:

@@ -27,10 +27,11 @@ class Claiming:
 
     def __init__(self, bq: BeanQueue, connection: Connection, url: str) -> None:
         self.connection = connection
-        self.marks = Marks(["default"])
-        self.claimer = Claimer(bq, ["default"], self.marks, 100, ())
+        channels = ["default", "other"]
+        self.marks = Marks(channels)
+        self.claimer = Claimer(bq, channels, self.marks, 100, ())
         self.worker_id = uuid7()
-        bq.queries.add_worker(connection, self.worker_id, "worker", ["default"])
+        bq.queries.add_worker(connection, self.worker_id, "worker", channels)
         query(
             url,
             "INSERT INTO bq_tasks (module, func_name, scheduled_at)"
@@ -64,19 +65,28 @@ def claiming(app: Flask, bq: BeanQueue, database_url: str) -> Iterator[Claiming]
         yield Claiming(bq, connection, database_url)
 
 
+def refusal(*names: str) -> str:
+    """SQL that makes a trigger which lets tasks not be claimed."""
+    quoted = ", ".join(f"'{name}'" for name in names)
+    on, body = "BEFORE UPDATE ON bq_tasks", "RAISE EXCEPTION 'no'"
+    return trigger("refuse", on, body, condition=f"NEW.func_name IN ({quoted})")
+
+
 @pytest.fixture
 def refuse(database_url: str) -> None:
     """A trigger lets task 5 not be claimed."""
-    body = "RAISE EXCEPTION 'no'"
-    on = "BEFORE UPDATE ON bq_tasks"
-    query(database_url, trigger("refuse", on, body, condition="NEW.func_name = '5'"))
+    query(database_url, refusal("5"))
 
 
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> Any:
-    now = types.SimpleNamespace(at=0.0)
-    clock = types.SimpleNamespace(monotonic=lambda: now.at)
-    monkeypatch.setattr(claimer, "time", clock)
+    now = types.SimpleNamespace(at=0.0, tick=0.0)
+
+    def monotonic() -> float:
+        now.at += now.tick
+        return now.at
+
+    monkeypatch.setattr(claimer, "time", types.SimpleNamespace(monotonic=monotonic))
     return now
 
 
@@ -141,6 +151,80 @@ def test_a_task_that_cannot_be_claimed_again_is_known(
     claiming.look()
     assert claiming.claim()[0] == []
     assert len(asked) == 3
+
+
+def test_a_task_that_cannot_be_claimed_does_not_starve_its_channel_beside_a_backlog(
+    claiming: Claiming, refuse: None, database_url: str
+) -> None:
+    query(
+        database_url,
+        "INSERT INTO bq_tasks (channel, module, func_name)"
+        " SELECT 'other', 'a', 'other' FROM generate_series(1, 2000)",
+    )
+    found: list[str] = []
+    for _ in range(25):
+        found += claiming.claim_once() or []
+    assert {"9", "other"} < set(found)
+    assert found.count("other") < 2000
+
+
+def test_of_many_tasks_that_cannot_be_claimed_some_are_named(
+    claiming: Claiming,
+    database_url: str,
+    now: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(claimer, "MOST_NAMED", 2)
+    query(database_url, refusal("1", "3", "5", "7"))
+    assert claiming.claim()[0] == ["0", "2", "4", "6", "8", "9"]
+    first, second, rest = (record.getMessage() for record in caplog.records)
+    assert first.endswith(" cannot be claimed: no")
+    assert second.endswith(" cannot be claimed: no")
+    assert rest == "More than 2 tasks cannot be claimed: no"
+    # Later, they are named again.
+    now.at = 3 * claimer.REFUSED_FOR
+    claiming.look()
+    assert claiming.claim()[0] == []
+    assert len(caplog.records) == 6
+
+
+@pytest.mark.parametrize(("names", "pauses"), [("13", False), ("135", True)])
+def test_who_finds_more_tasks_that_cannot_be_claimed_than_are_left_out_takes_its_time(
+    claiming: Claiming,
+    database_url: str,
+    now: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    names: str,
+    pauses: bool,
+) -> None:
+    """Else it would find one after the other, and then the first one again, for ever."""
+    monkeypatch.setattr(claimer, "MOST_REFUSED", 2)
+    now.tick = 0.001
+    query(database_url, refusal(*names))
+    found, _ = claiming.claim()
+    assert found == [str(n) for n in range(10) if str(n) not in names]
+    assert (claiming.claimer.quiet_until >= claimer.CROWD_SHARE * now.tick) == pauses
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "ALTER TABLE bq_tasks ALTER claims DROP DEFAULT, ALTER claims TYPE text",
+        """
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+            BEGIN RAISE EXCEPTION 'no' USING ERRCODE = 'A0001'; END $$;
+        CREATE TRIGGER refuse BEFORE UPDATE ON bq_tasks EXECUTE FUNCTION refuse();
+        """,
+    ],
+    ids=["a column of another type", "a trigger for the statement"],
+)
+def test_where_no_task_can_be_claimed_none_is_left_out(
+    claiming: Claiming, database_url: str, change: str
+) -> None:
+    query(database_url, change)
+    with pytest.raises(sa.exc.DBAPIError, match=r"operator does not exist|no"):
+        claiming.claim()
 
 
 @pytest.mark.parametrize("limit", [1, 100])

@@ -186,7 +186,12 @@ def test_an_outcome_that_is_refused_holds_up_no_other_and_is_given_up_in_the_end
         take_over()
         take_over()
         assert [task.state for task in (odd, *others)] == ["PROCESSING", "PENDING", "PENDING"]
-    assert caplog.text.count("nothing can be written of it") == 1
+        assert caplog.text.count("nothing can be written of it") == 1
+        # The app has been mended, and another worker has claimed it and died.
+        odd.func_name, odd.claims = "f", 2
+        db.session.commit()
+        take_over()
+        assert odd.state == "PENDING"
 
 
 @pytest.mark.parametrize(

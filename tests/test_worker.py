@@ -324,7 +324,7 @@ def test_a_claim_whose_answer_is_lost_is_given_back(
     lost = []
 
     def lose(connection: Any, cursor: Any, statement: str, *rest: Any) -> None:
-        if "SET state = 'PROCESSING'" in statement and not lost:
+        if "SET state = 'PROCESSING'" in statement and cursor.rowcount and not lost:
             lost.append(cursor.rowcount)
             connection.connection.dbapi_connection.close()
             raise connection.dialect.dbapi.OperationalError("the answer is lost")
@@ -384,7 +384,7 @@ def test_an_outcome_whose_answer_is_lost_is_not_called_lost(
     lost = []
 
     def lose(connection: Any, cursor: Any, statement: str, *rest: Any) -> None:
-        if "SET state = 'DONE'" in statement and not lost:
+        if "SET state = 'DONE'" in statement and cursor.rowcount and not lost:
             lost.append(cursor.rowcount)
             connection.connection.dbapi_connection.close()
             raise connection.dialect.dbapi.OperationalError("the answer is lost")
