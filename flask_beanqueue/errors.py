@@ -10,8 +10,9 @@ import sqlalchemy as sa
 #: What a worker's loop survives.
 TROUBLE = (sa.exc.DBAPIError, sa.exc.TimeoutError)
 
-#: How the SQLSTATEs begin that are nobody's fault, and pass: of the connection, of a transaction
-#: that may only read or is to be tried again, of what has run out, of an operator, of the system.
+#: How the SQLSTATEs of passing trouble begin, which is nobody's fault: of the connection, of a
+#: transaction that may only read or is to be tried again, of what has run out, of an operator, of
+#: the system.
 PASSING = ("08", "25", "40", "53", "57P", "58", "F0")
 #: Those by which PostgreSQL refuses a statement, whatever the values: it does not fit the tables,
 #: or a right is missing. They may also come from within a trigger, which meets some values only.
@@ -84,10 +85,25 @@ def is_of_database(error: BaseException) -> bool:
         return False
 
 
+def text_of(error: BaseException, says: t.Callable[[t.Any], str] = str) -> str:
+    """What an exception says, whatever its own methods do."""
+    try:
+        return str.__str__(says(error))  # whose class may be one of its own
+    except BaseException as unprintable:
+        return f"(its message cannot be read: {name_of(unprintable)})"
+
+
 def reason(error: BaseException) -> str:
     """An error of the database in one line, without the values that it shows: its DETAIL may hold
-    a whole row, such as a task with its arguments."""
-    cause = getattr(error, "orig", None) or error
+    a whole row, such as a task with its arguments. Of others, what they say."""
+    return text_of(error, brief)
+
+
+def brief(error: t.Any) -> str:
+    if not is_of_database(error):
+        return " ".join(str(error).split())
+    orig = getattr(error, "orig", None)
+    cause = error if orig is None else orig
     diag = getattr(cause, "diag", None)  # empty where there was no connection yet
     code = getattr(diag, "sqlstate", None) or ""
     if code.startswith(ABOUT_A_VALUE):
@@ -123,40 +139,62 @@ def without_values(error: BaseException) -> BaseException:
     if not any(is_of_database(each) for each in errors.values()):
         return error
     copies: dict[int, BaseException] = {}
-    for key, each in reversed(errors.items()):  # what is in a group before the group
-        copies[key] = copy_of(each, copies)
+    for each in errors.values():
+        copy(each, copies)
     for key, each in errors.items():
-        copy = copies[key]
-        copy.__cause__ = copies.get(id(each.__cause__))
-        copy.__context__ = copies.get(id(each.__context__))
-        copy.__suppress_context__ = each.__suppress_context__
-        copy.__traceback__ = each.__traceback__
-        if isinstance(copy, sa.exc.StatementError):
-            copy.orig = copies.get(id(copy.orig))
+        copied = copies[key]
+        copied.__cause__ = copies.get(id(each.__cause__))
+        copied.__context__ = copies.get(id(each.__context__))
+        copied.__suppress_context__ = each.__suppress_context__
+        copied.__traceback__ = each.__traceback__
+        if isinstance(copied, sa.exc.StatementError):
+            copied.orig = copies.get(id(copied.orig))
     return copies[id(error)]
 
 
-def copy_of(error: BaseException, copies: t.Mapping[int, BaseException]) -> BaseException:
-    """A copy of an exception, by itself; without values, if it is the database's.
+def copy(error: BaseException, copies: dict[int, BaseException]) -> BaseException:
+    """Copy an exception by itself, a group with what is in it; without values, if it is the
+    database's.
 
-    :param copies: of those that a group may hold, by the id of what they are copies of.
+    :param copies: those that have been made, by the id of what they are copies of.
+    """
+    if id(error) not in copies:
+        make = copy_of_database if is_of_database(error) else copy_of_app
+        inside = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
+        try:  # they may be of any kind
+            copies[id(error)] = make(error, [copy(each, copies) for each in inside])
+        except Exception:
+            text = reason(error)
+            copies[id(error)] = Exception(f"{name_of(error)}: {text}" if text else name_of(error))
+    return copies[id(error)]
+
+
+def copy_of_database(error: BaseException, inside: list[BaseException]) -> BaseException:
+    # Not by calling the class, whose ``__init__`` may do or want anything.
+    copied = type(error).__new__(type(error), *error.args)
+    copied.args = (reason(error),)
+    if isinstance(error, sa.exc.SQLAlchemyError):  # the driver's keep the answer
+        vars(copied).update(vars(error))
+    if isinstance(copied, sa.exc.StatementError):
+        copied.hide_parameters = True
+    return copied
+
+
+def copy_of_app(error: BaseException, inside: list[BaseException]) -> BaseException:
+    """
+    :raises Exception: if the copy does not say the same.
     """
     kind = type(error)
-    try:  # they may be of any kind
-        if isinstance(error, BaseExceptionGroup):
-            inside = [copies[id(each)] for each in error.exceptions]
-            return kind.__new__(kind, error.message, inside)
-        # Not ``__init__``, which may do or want anything.
-        copy = kind.__new__(kind, *error.args)
-        if not is_of_database(error):
-            copy.args = error.args
-            vars(copy).update(vars(error))
-            return copy
-        copy.args = (reason(error),)
-        if isinstance(error, sa.exc.SQLAlchemyError):  # the driver's keep the answer
-            vars(copy).update(vars(error))
-        if isinstance(copy, sa.exc.StatementError):
-            copy.hide_parameters = True
-        return copy
-    except Exception:
-        return Exception(name_of(error))
+    if isinstance(error, BaseExceptionGroup):
+        copied: BaseException = kind.__new__(kind, error.message, inside)
+    else:
+        copied = kind.__new__(kind, *error.args)
+        builtin = next(each for each in kind.__mro__ if each.__module__ == "builtins")
+        builtin.__init__(copied, *error.args)  # type: ignore[misc]
+        copied.args = error.args
+        if isinstance(error, OSError):  # which are not among the arguments
+            copied.filename, copied.filename2 = error.filename, error.filename2  # type: ignore[attr-defined]
+    vars(copied).update(vars(error))
+    if str(copied) != str(error):
+        raise ValueError("the copy says something else")
+    return copied

@@ -14,7 +14,7 @@ from sqlalchemy.engine import Connection
 from . import signals
 from .arguments import to_json
 from .claim import Claim
-from .errors import is_interruption, is_of_database, name_of, reason
+from .errors import is_interruption, is_of_database, name_of, reason, text_of
 from .listen import notify_name
 from .log import log
 from .models import DONE, FAILED, PENDING, PROCESSING, uuid7
@@ -364,13 +364,8 @@ def storable_text(text: str, length: int) -> str:
 def describe(error: BaseException) -> str:
     """An exception as text, also if its own ``__str__`` raises; one of the database without the
     statement and the row, whose values may be nobody's business."""
-    kind = name_of(error)
-    try:
-        text = reason(error) if is_of_database(error) else str(error)
-        text = f"{kind}: {text}" if text else kind
-    except BaseException as unprintable:
-        text = f"{kind}: (its message cannot be read: {name_of(unprintable)})"
-    return storable_text(text, MESSAGE_LENGTH)
+    kind, text = name_of(error), reason(error) if is_of_database(error) else text_of(error)
+    return storable_text(f"{kind}: {text}" if text else kind, MESSAGE_LENGTH)
 
 
 def trace(error: BaseException) -> str:

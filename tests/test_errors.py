@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import traceback
+from collections.abc import Callable
 
 import pytest
 import sqlalchemy as sa
@@ -174,17 +176,56 @@ def test_errors_behind_and_in_an_error_are_shown_without_values(
     assert shown(whole) == before
 
 
-def test_an_error_that_cannot_be_copied_is_named(database_url: str) -> None:
-    class Single(Exception):
-        def __new__(cls, *args: object) -> Single:
-            raise RuntimeError("there is one")
+class Slotted(Exception):
+    __slots__ = ("number",)
 
-    single = Exception.__new__(Single)
-    single.__cause__ = refused(database_url)
-    after = shown(without_values(single))
-    assert "Exception: Single" in after
-    assert "DataError" in after
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __str__(self) -> str:
+        return f"number {self.number}"
+
+
+class Single(Exception):
+    def __new__(cls, *args: object) -> Single:
+        raise RuntimeError("there is one")
+
+
+class Undecodable(UnicodeDecodeError):
+    def __init__(self, text: bytes) -> None:
+        super().__init__("utf-8", text, 0, 1, "odd")
+
+
+def raised(function: Callable[[], object]) -> Exception:
+    try:
+        function()
+    except Exception as error:
+        return error
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        raised(lambda: os.listdir("/no/such/folder")),
+        raised(lambda: os.rename("/no/such/file", "/nowhere")),
+        raised(lambda: b"\xff".decode()),
+        raised(lambda: compile("1 +", "some.py", "exec")),
+        raised(lambda: {}["key"]),
+        Slotted(5),
+        Undecodable(b"\xff"),
+        Exception.__new__(Single, "one"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_of_any_kind_say_the_same_where_one_of_the_database_is_behind_them(
+    error: Exception, database_url: str
+) -> None:
+    error.__cause__ = refused(database_url)
+    after = shown(without_values(error))
     assert SECRET not in after
+    name, words = type(error).__name__, traceback.format_exception_only(error)[-1]
+    assert f"{name}: {words.partition(f'{name}: ')[2]}" in after
 
 
 def test_an_error_whose_attributes_raise_is_shown_all_the_same(database_url: str) -> None:
@@ -203,3 +244,35 @@ def test_an_error_whose_attributes_raise_is_shown_all_the_same(database_url: str
 def test_an_error_that_has_nothing_of_the_database_is_shown_itself() -> None:
     error = Own(number=5)
     assert without_values(error) is error
+
+
+def test_a_group_is_shown_as_it_is_where_what_is_in_it_comes_first(database_url: str) -> None:
+    inside, error = LookupError("none"), LookupError("last")
+    group = ExceptionGroup("several", [inside, refused(database_url)])
+    group.add_note("a note")
+    error.__context__, error.__cause__ = inside, group
+    after = shown(without_values(error))
+    assert "ExceptionGroup: several (2 sub-exceptions)" in after
+    assert "a note" in after
+    assert SECRET not in after
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no")
+
+
+class Undecided(Exception):
+    def __bool__(self) -> bool:
+        raise ValueError("neither")
+
+
+@pytest.mark.parametrize(
+    ("cause", "words"),
+    [(Mute(), "(its message cannot be read: ValueError)"), (Undecided("why"), "why")],
+)
+def test_a_reason_can_be_had_of_whatever_an_app_raises_when_it_connects(
+    cause: Exception, words: str
+) -> None:
+    assert reason(cause) == words
+    assert reason(sa.exc.OperationalError(None, None, cause)) == words
