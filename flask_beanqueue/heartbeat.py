@@ -21,6 +21,7 @@ class Heartbeat(threading.Thread):
     """A thread with a connection of its own, so that nothing that tasks do can hold it up.
 
     :param on_death: called when the worker finds itself declared dead, unless it leaves.
+    :param on_loss: called when the thread ends for any other reason.
     :param on_burial: called when it has declared others dead.
     """
 
@@ -32,6 +33,7 @@ class Heartbeat(threading.Thread):
         worker_id: uuid.UUID,
         *,
         on_death: t.Callable[[], None],
+        on_loss: t.Callable[[], None],
         on_burial: t.Callable[[], None],
     ) -> None:
         super().__init__(name="beanqueue-heartbeat", daemon=True)
@@ -40,6 +42,7 @@ class Heartbeat(threading.Thread):
         self._config = config
         self._worker_id = worker_id
         self._on_death = on_death
+        self._on_loss = on_loss
         self._on_burial = on_burial
         self._stopped = threading.Event()
         self._last_beat = time.monotonic()
@@ -56,20 +59,18 @@ class Heartbeat(threading.Thread):
     def run(self) -> None:
         try:
             self._keep_beating()
-        except BaseException:  # of whatever kind: the others take it for dead
-            self._tell_of_death()
+        except BaseException:  # of whatever kind: the others will take it for dead
+            self._on_loss()
             raise
-
-    def _tell_of_death(self) -> None:
-        if not self._stopped.is_set():  # a beat that hung comes after the goodbye, and finds nobody
-            self._on_death()
 
     def _keep_beating(self) -> None:
         failing = False
         while True:
             try:
                 if not self.beat():
-                    self._tell_of_death()
+                    # Or a beat that hung comes after the goodbye, and finds nobody.
+                    if not self._stopped.is_set():
+                        self._on_death()
                     break
                 failing = False
             except Exception as error:  # whatever it is: without heartbeats the worker is dead
@@ -93,17 +94,21 @@ class Heartbeat(threading.Thread):
             self._silent.clear()
             self._modest_until = now + patience
         alive, silent = self._queries.beat(connection, self._worker_id, patience)
+        if not alive:
+            return False
         self._last_beat = now
         since = max(now, self._modest_until)
         self._silent = {each: self._silent.get(each, since) for each in silent}
         dead = [each for each, at in self._silent.items() if now - at >= patience]
         buried = self._bury(connection, dead) if dead else False
-        if buried or now >= self._next_termination:
-            self._next_termination = now + timeout
-            self._terminate(connection)
-        if buried:
-            self._on_burial()
-        return alive
+        try:
+            if buried or now >= self._next_termination:
+                self._next_termination = now + timeout
+                self._terminate(connection)
+        finally:  # whatever becomes of their backends
+            if buried:
+                self._on_burial()
+        return True
 
     def _bury(self, connection: Connection, dead: list[Silent]) -> bool:
         """Declare workers dead, unless another one does so; tell whether there were any."""

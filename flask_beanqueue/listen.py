@@ -20,6 +20,8 @@ from .log import log
 #: Seconds between two attempts to listen again: after the first that fails, and at most.
 RETRY_AFTER = 1.0
 RETRY_WITHIN = 30.0
+#: Seconds within which a connection that is lost counts as an attempt that has failed.
+LASTS = 0.1
 #: Seconds that the first attempt is waited for, so that a worker can say whether it listens.
 FIRST_ATTEMPT = 2.0
 #: Seconds that connecting may hold up who does it by itself.
@@ -136,7 +138,7 @@ class Listener:
     :param teller: the app's engine, if it connects elsewhere. What is told there must be heard
         here; a pooler may be in between.
     :param ring: called from another thread when :meth:`listen` is to be called, for it connects
-        there. Without it, it does so itself, for who forks must have no threads.
+        there. Without it, it does so itself: a process that forks must have no threads.
     """
 
     def __init__(
@@ -159,9 +161,11 @@ class Listener:
         #: What another thread is at.
         self._attempt: concurrent.futures.Future[t.Any] | None = None
         self._first = True
+        #: Since when it listens, or did so last.
+        self._since: float | None = None
         self._failures = 0
-        #: What the log says is that it polls.
-        self._polls = False
+        #: Whether the log's last word is that it does not listen.
+        self._deaf = False
         self._next_try = 0.0
 
     @property
@@ -186,12 +190,14 @@ class Listener:
             else:
                 self._connection = connection
         except Exception as error:
-            self._fail(error)
+            if self._failures == 0:
+                log.warning("LISTEN fails, polling meanwhile: %s", reason(error))
+            self._fail(hopeless=isinstance(error, PoolerError))
             return False
-        if self._polls:
-            log.info("The worker LISTENs%s", " again" if self._failures else "")
-        self._failures = 0
-        self._polls = False
+        if self._deaf:
+            log.info("The worker LISTENs%s", "" if self._since is None else " again")
+        self._since = time.monotonic()
+        self._deaf = False
         return True
 
     def _connect_beside(self, ring: t.Callable[[], None]) -> t.Any:
@@ -203,19 +209,17 @@ class Listener:
             if self._first:
                 self._first = False
                 concurrent.futures.wait([self._attempt], FIRST_ATTEMPT)
-                self._polls = not self._attempt.done()
+                self._deaf = not self._attempt.done()
         if not self._attempt.done():
             return None
         attempt, self._attempt = self._attempt, None
         return attempt.result()
 
-    def _fail(self, error: Exception) -> None:
-        if self._failures == 0:
-            log.warning("LISTEN fails, polling meanwhile: %s", reason(error))
-        self._polls = True
+    def _fail(self, *, hopeless: bool = False) -> None:
+        """Try again later."""
+        self._deaf = True
         pause = min(RETRY_AFTER * 2 ** min(self._failures, 10), RETRY_WITHIN)
         self._failures += 1
-        hopeless = isinstance(error, PoolerError)
         self._next_try = float("inf") if hopeless else time.monotonic() + pause
 
     def _connect(self) -> t.Any:
@@ -276,7 +280,17 @@ class Listener:
         except Exception as error:
             log.warning("The LISTEN connection is lost: %s", reason(error))
             self.close()
+            self._lose()
             return False
+
+    def _lose(self) -> None:
+        """Listen again at once, unless the connection has not lasted."""
+        self._deaf = True
+        if self._since is not None and time.monotonic() - self._since >= LASTS:
+            self._failures = 0
+            self._next_try = 0.0
+        else:
+            self._fail()
 
     def close(self) -> None:
         if self._attempt is not None:

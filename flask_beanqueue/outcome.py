@@ -318,8 +318,10 @@ def lost(outcome: Outcome) -> None:
     claim = outcome.claim
     if outcome.interruptions:
         words = "had ended, or was taken over, when it lost its connection"
-    else:
+    elif outcome.attempts:
         words = "is no longer this worker's; what it wrote is rolled back"
+    else:
+        words = "had ended, or was taken over, when it was to be given back"
     log.warning(f"%s {words}", claim.label, extra=claim.log_extra())
 
 

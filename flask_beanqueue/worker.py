@@ -127,7 +127,7 @@ class Worker:
         self._grace_until = float("inf")
         self._attend_at = 0.0
         #: Why it cannot go on, once that is so.
-        self._died = ""
+        self._cause_of_death = ""
 
     def listener(self, name: str | None = None) -> Listener:
         """Make what it LISTENs with.
@@ -197,6 +197,7 @@ class Worker:
                 self.config,
                 self.id,
                 on_death=self._declared_dead,
+                on_loss=self._lost_heartbeat,
                 on_burial=self._take_over_soon,
             )
             heartbeat.start()
@@ -208,9 +209,10 @@ class Worker:
                 self._loop()
             finally:
                 self._leave(heartbeat)
-        if self._died:
+        if self._cause_of_death:
             raise WorkerDied(
-                f"Worker {self.name} {self._died}. What it has not ended goes to other workers."
+                f"Worker {self.name} {self._cause_of_death}. What it has not ended goes to other"
+                " workers."
             )
 
     def _introduce(self) -> None:
@@ -239,11 +241,14 @@ class Worker:
             " was deleted"
         )
 
+    def _lost_heartbeat(self) -> None:
+        self._die("has lost the thread that sends its heartbeats")
+
     def _lost_thread(self) -> None:
         self._die("has lost a thread that runs tasks")
 
     def _die(self, why: str) -> None:
-        self._died = self._died or why
+        self._cause_of_death = self._cause_of_death or why
         self.stop()
 
     @contextlib.contextmanager

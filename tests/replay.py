@@ -150,6 +150,7 @@ class Worker:
             bq.config(app),
             worker_id,
             on_death=self.package._declared_dead,
+            on_loss=self.package._lost_heartbeat,
             on_burial=self._bury,
         )
         self.heartbeat.line = types.SimpleNamespace(connection=control)

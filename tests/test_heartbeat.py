@@ -32,7 +32,12 @@ def make_heartbeat(app: Flask, bq: BeanQueue, buried: list[Heartbeat]) -> Iterat
     """Makes workers of which there is nothing but the heartbeat."""
     made = []
 
-    def make(on_death: Callable[[], None] = lambda: None) -> Heartbeat:
+    def nothing() -> None:
+        pass
+
+    def make(
+        on_death: Callable[[], None] = nothing, on_loss: Callable[[], None] = nothing
+    ) -> Heartbeat:
         worker_id = uuid7()
         connection = connect(bq.engine(app))
         bq.queries.add_worker(connection, worker_id, "test", ["default"])
@@ -43,6 +48,7 @@ def make_heartbeat(app: Flask, bq: BeanQueue, buried: list[Heartbeat]) -> Iterat
             bq.config(app),
             worker_id,
             on_death=on_death,
+            on_loss=on_loss,
             on_burial=lambda: buried.append(heartbeat),
         )
         made.append(heartbeat)
@@ -189,6 +195,30 @@ def test_a_refused_end_of_backends_keeps_nobody_from_being_declared_dead(
     assert "cannot be ended: permission denied" in caplog.text
 
 
+def test_a_burial_is_told_also_where_the_end_of_backends_takes_too_long(
+    app: Flask,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    make_heartbeat: MakeHeartbeat,
+    buried: list[Heartbeat],
+    monkeypatch: pytest.MonkeyPatch,
+    clock: Clock,
+) -> None:
+    """They are given a second each, and a statement_timeout may be shorter."""
+
+    def take_too_long(connection: Any) -> int:
+        raise sa.exc.OperationalError("SELECT", {}, Exception("canceling statement"))
+
+    with app.app_context():
+        first, _ = make_heartbeat(), make_heartbeat()
+        set_heartbeats(db, bq, "-31 seconds")
+        beat(clock, 12, first)
+        monkeypatch.setattr(bq.queries, "terminate", take_too_long)
+        with pytest.raises(sa.exc.OperationalError):
+            beat(clock, 4, first)
+        assert (states(db, bq), buried) == (["NO_HEARTBEAT", "RUNNING"], [first])
+
+
 @pytest.mark.parametrize("left", [True, False])
 def test_a_worker_that_has_left_a_locked_task_behind_keeps_no_backends(
     app: Flask, db: SQLAlchemy, bq: BeanQueue, make_heartbeat: MakeHeartbeat, left: bool
@@ -218,9 +248,9 @@ def test_a_worker_that_has_left_a_locked_task_behind_keeps_no_backends(
 def test_a_worker_whose_heartbeat_has_ended_is_told(
     make_heartbeat: MakeHeartbeat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would be taken for dead by all others."""
+    """All others will take it for dead."""
     told = threading.Event()
-    heartbeat = make_heartbeat(told.set)
+    heartbeat = make_heartbeat(on_loss=told.set)
 
     def exit() -> bool:
         raise SystemExit

@@ -134,12 +134,28 @@ def test_what_was_committed_while_nobody_listened_waits_for_no_poll(
         probe.wait("nothing DONE", timeout=15)
 
 
-def test_attempts_to_listen_come_less_and_less_often(
-    app: Flask, bq: BeanQueue, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
     clock = types.SimpleNamespace(now=1.0)
     monkeypatch.setattr(listen, "time", types.SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def lose(url: str, listener: Listener) -> None:
+    """End the backend of a listener."""
+    [(ended,)] = query(
+        url,
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND query LIKE 'LISTEN%%'",
+    )
+    assert ended
+    wait_until(lambda: not listener.drain() and not listener.listens)
+
+
+def test_attempts_to_listen_come_less_and_less_often(
+    app: Flask, bq: BeanQueue, database_url: str, clock: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
 
     def refuse(*args: Any) -> None:
         raise OSError("the token service is away")
@@ -156,14 +172,46 @@ def test_attempts_to_listen_come_less_and_less_often(
         assert list(pauses(7)) == [1, 2, 4, 8, 16, 30, 30]
         sa.event.remove(engine, "do_connect", refuse)
         assert listener.listen()
-        listener.close()
+        clock.now += 1
+        lose(database_url, listener)
         sa.event.listen(engine, "do_connect", refuse)
         assert list(pauses(2)) == [1, 2]
-    assert [record.getMessage() for record in caplog.records] == [
-        "LISTEN fails, polling meanwhile: the token service is away",
-        "The worker LISTENs again",
-        "LISTEN fails, polling meanwhile: the token service is away",
-    ]
+        sa.event.remove(engine, "do_connect", refuse)
+        assert listener.listen()
+    fails, listens, lost, fails_again, listens_again = (
+        record.getMessage() for record in caplog.records
+    )
+    assert fails == fails_again == "LISTEN fails, polling meanwhile: the token service is away"
+    assert listens == "The worker LISTENs"
+    assert lost.startswith("The LISTEN connection is lost: ")
+    assert listens_again == "The worker LISTENs again"
+
+
+def test_a_connection_that_is_lost_and_made_again_at_once_is_told(
+    app: Flask, bq: BeanQueue, database_url: str, clock: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with contextlib.closing(Listener(bq.engine(app), ["default"])) as listener:
+        assert listener.listen()
+        clock.now += 1
+        lose(database_url, listener)
+        assert listener.listen()
+    assert caplog.records[-1].getMessage() == "The worker LISTENs again"
+
+
+def test_connections_that_do_not_last_are_made_less_and_less_often(
+    app: Flask, bq: BeanQueue, database_url: str, clock: Any
+) -> None:
+    """A proxy may let LISTEN through, and then close."""
+    pauses = []
+    with contextlib.closing(Listener(bq.engine(app), ["default"])) as listener:
+        for _ in range(4):
+            assert listener.listen()
+            lose(database_url, listener)
+            pauses.append(listener.next_try - clock.now)
+            assert not listener.listen()
+            clock.now = listener.next_try
+    assert pauses == [1, 2, 4, 8]
 
 
 def test_who_connects_by_itself_is_not_held_up_for_long(app: Flask, bq: BeanQueue) -> None:

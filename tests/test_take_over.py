@@ -334,6 +334,26 @@ def test_a_worker_that_counts_as_dead_does_not_take_over_what_it_has_in_its_own_
         ]
 
 
+def test_a_task_that_ends_while_it_is_given_back_is_not_called_rolled_back(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, other: Writer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The time to leave was over while its processor committed."""
+    worker_id = add_worker(app, bq, "RUNNING")
+    with app.app_context(), contextlib.closing(connect(bq.engine(app))) as connection:
+        task = bq.Task(module="m", name="f")
+        db.session.add(task)
+        db.session.commit()
+        claims = bq.queries.claim(connection, worker_id, [Level("default", 0)], 1)
+        other.held.update(claims)
+        task.state = "DONE"
+        db.session.commit()
+        other.give_back(claims)
+        other.write(connection)
+        assert task.state == "DONE"
+    assert "had ended, or was taken over, when it was to be given back" in caplog.text
+    assert "rolled back" not in caplog.text
+
+
 def test_a_stray_claim_that_is_being_taken_over_is_not_given_back_as_well(
     app: Flask, db: SQLAlchemy, bq: BeanQueue, other: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
