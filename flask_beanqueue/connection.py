@@ -105,10 +105,11 @@ class Line:
 
     @property
     def connection(self) -> Connection:
-        """
-        :raises sqlalchemy.exc.OperationalError: whatever the app's own way to connect raises when
-            it is opened again: what has worked before may do so again. The first time, that comes
-            as it is.
+        """The connection, which is opened if there is none.
+
+        :raises sqlalchemy.exc.OperationalError: for whatever the app's own way to connect raises
+            when it is opened again: what has worked before may do so again. The first time, that
+            comes as it is.
         """
         if self._connection is None:
             try:
