@@ -164,8 +164,8 @@ class Listener:
         #: Since when it listens, or did so last.
         self._since: float | None = None
         self._failures = 0
-        #: Whether the log's last word is that it does not listen.
-        self._deaf = False
+        #: Why it does not listen, by the last that was logged of it.
+        self._said = ""
         self._next_try = 0.0
 
     @property
@@ -190,14 +190,15 @@ class Listener:
             else:
                 self._connection = connection
         except Exception as error:
-            if self._failures == 0:
+            if self._said != "fails":
                 log.warning("LISTEN fails, polling meanwhile: %s", reason(error))
+            self._said = "fails"
             self._fail(hopeless=isinstance(error, PoolerError))
             return False
-        if self._deaf:
+        if self._said:
             log.info("The worker LISTENs%s", "" if self._since is None else " again")
         self._since = time.monotonic()
-        self._deaf = False
+        self._said = ""
         return True
 
     def _connect_beside(self, ring: t.Callable[[], None]) -> t.Any:
@@ -209,7 +210,7 @@ class Listener:
             if self._first:
                 self._first = False
                 concurrent.futures.wait([self._attempt], FIRST_ATTEMPT)
-                self._deaf = not self._attempt.done()
+                self._said = "" if self._attempt.done() else "polls"
         if not self._attempt.done():
             return None
         attempt, self._attempt = self._attempt, None
@@ -217,7 +218,6 @@ class Listener:
 
     def _fail(self, *, hopeless: bool = False) -> None:
         """Try again later."""
-        self._deaf = True
         pause = min(RETRY_AFTER * 2 ** min(self._failures, 10), RETRY_WITHIN)
         self._failures += 1
         self._next_try = float("inf") if hopeless else time.monotonic() + pause
@@ -285,7 +285,7 @@ class Listener:
 
     def _lose(self) -> None:
         """Listen again at once, unless the connection has not lasted."""
-        self._deaf = True
+        self._said = "lost"
         if self._since is not None and time.monotonic() - self._since >= LASTS:
             self._failures = 0
             self._next_try = 0.0

@@ -200,9 +200,10 @@ def test_a_connection_that_is_lost_and_made_again_at_once_is_told(
 
 
 def test_connections_that_do_not_last_are_made_less_and_less_often(
-    app: Flask, bq: BeanQueue, database_url: str, clock: Any
+    app: Flask, bq: BeanQueue, database_url: str, clock: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A proxy may let LISTEN through, and then close."""
+    caplog.set_level(logging.INFO)
     pauses = []
     with contextlib.closing(Listener(bq.engine(app), ["default"])) as listener:
         for _ in range(4):
@@ -211,7 +212,11 @@ def test_connections_that_do_not_last_are_made_less_and_less_often(
             pauses.append(listener.next_try - clock.now)
             assert not listener.listen()
             clock.now = listener.next_try
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(listener, "_connect", lambda: 1 / 0)
+            assert not listener.listen()
     assert pauses == [1, 2, 4, 8]
+    assert caplog.records[-1].getMessage() == ("LISTEN fails, polling meanwhile: division by zero")
 
 
 def test_who_connects_by_itself_is_not_held_up_for_long(app: Flask, bq: BeanQueue) -> None:
