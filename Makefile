@@ -67,6 +67,7 @@ soak: .venv/installed ## Let a worker work at full speed, and see what grows (AR
 chaos-others: .venv-bench/installed ## Put other queues through the same: killed workers, a crashed database
 	@for system in beanqueue procrastinate; do \
 		.venv-bench/bin/python -m tests.chaos --system $$system \
+			$(if $(OUTPUT),--output $(OUTPUT)-$$system.json) \
 			$(or $(ARGS),"PostgreSQL crashes" "a worker killed" "a worker frozen") || true; \
 	done
 

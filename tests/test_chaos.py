@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import signal
 from pathlib import Path
 
 import pytest
 
-from .chaos import failpoint, trial
+from .chaos import failpoint, report, trial
 from .chaos.__main__ import passed
 from .chaos.ledger import Verdict, rate, recovered
 from .chaos.scenarios import SCENARIOS, plain
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+ROOT = Path(__file__).parent.parent
+RESULTS = sorted((ROOT / "tests/chaos/results").glob("*.json"))
 
 
 def conduct(name: str, **env: str) -> Verdict:
@@ -81,3 +86,13 @@ def test_the_rate_is_back_when_it_stays_so() -> None:
     assert back is not None
     assert 14.5 < back < 15.5
     assert recovered(times, 10.0, 16.0, 10.0) is None
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_the_documents_have_what_the_trials_came_to(path: Path) -> None:
+    results = json.loads(path.read_text())
+    table = path.with_suffix(".md").read_text()
+    if "scenario" in results[0]:
+        verdicts = [Verdict(**each) for each in results]
+        assert table == f"{report.table(verdicts)}\n\n{report.total(verdicts)}\n"
+    assert table in (ROOT / "docs/reliability.md").read_text()
