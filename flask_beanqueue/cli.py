@@ -299,10 +299,10 @@ def readable_errors(
         raise click.ClickException(message) from error
     except (PoolerError, EncodingError) as error:
         raise click.ClickException(str(error)) from error
-    except sa.exc.IntegrityError as error:
-        raise click.ClickException(f"The database refuses this: {reason(error)}") from error
     except sa.exc.OperationalError as error:
         raise click.ClickException(f"The database cannot be used: {reason(error)}") from error
+    except sa.exc.DBAPIError as error:
+        raise click.ClickException(f"The database refuses this: {reason(error)}") from error
     except ConfigError as error:
         raise click.ClickException(str(error)) from error
 

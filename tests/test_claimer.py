@@ -211,11 +211,7 @@ def test_who_finds_more_tasks_that_cannot_be_claimed_than_are_left_out_takes_its
     "change",
     [
         "ALTER TABLE bq_tasks ALTER claims DROP DEFAULT, ALTER claims TYPE text",
-        """
-        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
-            BEGIN RAISE EXCEPTION 'no' USING ERRCODE = 'A0001'; END $$;
-        CREATE TRIGGER refuse BEFORE UPDATE ON bq_tasks EXECUTE FUNCTION refuse();
-        """,
+        trigger("refuse", "BEFORE UPDATE ON bq_tasks", "RAISE EXCEPTION 'no'", each="STATEMENT"),
     ],
     ids=["a column of another type", "a trigger for the statement"],
 )

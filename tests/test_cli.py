@@ -30,6 +30,7 @@ from .apps import faults
 from .conftest import MakeApp
 from .probe import Probe, query
 from .processes import Process, Processes
+from .triggers import trigger
 
 Invoke = Callable[..., Result]
 
@@ -483,6 +484,17 @@ def test_a_worker_that_would_listen_with_a_driver_that_is_not_there_says_so_in_o
     assert line.startswith("Error: BQ_LISTEN_DATABASE_URL names a driver that cannot be imported: ")
     assert "psycopg" in line
     assert "secret" not in line
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_worker_says_what_keeps_it_from_claiming_any_task(
+    invoke: Invoke, double: Any, database_url: str, processes: str
+) -> None:
+    on, body = "BEFORE UPDATE ON bq_tasks", "RAISE EXCEPTION 'maintenance until six'"
+    query(database_url, trigger("refuse", on, body, each="STATEMENT"))
+    result = invoke("worker", "numbers", "--burst", "--processes", processes)
+    assert result.exit_code == 1
+    assert "Error: The database refuses this: maintenance until six" in result.output
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])

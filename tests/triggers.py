@@ -4,12 +4,19 @@ from __future__ import annotations
 
 
 def trigger(
-    name: str, event: str, body: str, *, condition: str = "true", deferred: bool = False
+    name: str,
+    event: str,
+    body: str,
+    *,
+    each: str = "ROW",
+    condition: str = "true",
+    deferred: bool = False,
 ) -> str:
     """SQL that makes a trigger.
 
     :param event: such as ``BEFORE UPDATE ON bq_tasks``.
-    :param body: what it does for each row, ``NEW``.
+    :param body: what it does, for each row with that as ``NEW``.
+    :param each: whether for each ROW or STATEMENT.
     :param condition: which rows it is for.
     :param deferred: whether it does so at COMMIT.
     """
@@ -21,5 +28,5 @@ def trigger(
             RETURN NEW;
         END $$;
         CREATE {kind} {name} {event} {when}
-            FOR EACH ROW WHEN ({condition}) EXECUTE FUNCTION {name}();
+            FOR EACH {each} WHEN ({condition}) EXECUTE FUNCTION {name}();
     """
