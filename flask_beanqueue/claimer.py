@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from .claim import Claim
-from .errors import is_refusal, reason
+from .errors import may_be_of_values, reason
 from .log import log
 from .marks import Look, Marks
 from .queue import Queue
@@ -19,9 +19,11 @@ from .queue import Queue
 #: Seconds for which a task that cannot be claimed is left out.
 REFUSED_FOR = 60.0
 #: How many are, at most: they are told to each claim. And how many of them are named in the log.
-MOST_REFUSED, MOST_NAMED = 1000, 20
-#: Finding out about more than that may take one twentieth of the time.
-CROWD_SHARE = 20
+MOST_REFUSED, MOST_NAMED = 200, 20
+#: Seconds between two looks for what would keep all tasks from being claimed, at least.
+CHECK_AFTER = 1.0
+#: What is said of a task that stays as it is although nothing is raised.
+UNCHANGED = "its row stays as it is; does a trigger return NULL?"
 
 Claimed = t.TypeVar("Claimed")
 
@@ -53,10 +55,9 @@ class Claimer:
         self._most = batch_size
         #: The tasks that could not be claimed, and until when they are left out, by that time.
         self._refused: dict[str, float] = {}
-        #: Those that may be such tasks.
-        self._doubtful: set[str] = set()
-        #: Not to claim again until then, by the monotonic clock.
-        self.quiet_until = 0.0
+        #: The task that may be one more.
+        self._doubtful: str | None = None
+        self._next_check = 0.0
 
     def at_once(self, wanted: int) -> int:
         """How many of so many tasks to claim with one statement."""
@@ -65,31 +66,45 @@ class Claimer:
     def claim(self, connection: Connection, worker_id: uuid.UUID, limit: int) -> list[Claim] | None:
         """Claim up to ``limit`` tasks; None if the database does not let one of them be claimed.
         The next calls then find out which one it is, and leave it out."""
-        start = time.monotonic()
         queries, levels, refused = self._queue.queries, self._marks.turn(), self._left_out()
+        error = None
         try:
             claims = with_or_without_arguments(
                 functools.partial(queries.claim, connection, worker_id, levels, limit, refused)
             )
-        except sa.exc.DBAPIError as error:
-            if not queries.check_refusal(connection, error):
+        except sa.exc.DBAPIError as refusal:
+            if not queries.check_refusal(connection, refusal):
                 raise
+            error = refusal
             self._most = max(limit // 2, 1)
             if limit > 1:
                 return None
-            front = queries.next(connection, levels, refused)
-            if front is None:
-                return []  # another worker is trying it
-            if self._leaves_out(connection, front.id, error, start):
-                # There may be more of them than are left out.
-                self._marks.step_over(front)
-            return None
-        self._most = min(2 * self._most, self._batch_size)
-        return claims
+        else:
+            if claims:
+                self._most = min(2 * self._most, self._batch_size)
+            if claims or not self._marks.odd:
+                return claims
+        front = queries.next(connection, levels, refused)
+        if front is None:
+            return []  # another worker is trying it
+        others = self._doubtful is not None
+        if self._is_refused(connection, front.id, error):
+            self._marks.next_turn()
+            if self._has_room(front.id):
+                self._leave_out(front.id, error)
+            elif self._marks.step_over(front):
+                log.error(
+                    "Too many tasks of channel %r cannot be claimed; what is to be done before"
+                    " them waits for a minute: %s",
+                    front.channel,
+                    UNCHANGED if error is None else reason(error),
+                )
+        elif error is None and others:
+            return []  # what comes first changes: other workers claim it
+        return None
 
     def claim_suspect(self, connection: Connection, worker_id: uuid.UUID) -> Claim | None:
         """Claim one task that was in a crash, if there is one and it can be had."""
-        start = time.monotonic()
         queries = self._queue.queries
         wanted = self._channels, self._left_out(), self._given_up
         try:
@@ -100,9 +115,10 @@ class Claimer:
             if not queries.check_refusal(connection, error):
                 raise
             if (key := queries.next_suspect(connection, *wanted)) is not None:
-                self._leaves_out(connection, key, error, start)
-                if not self.quiet_until:
+                if self._has_room(key):
                     self._marks.look_soon()  # for the next one
+                if self._is_refused(connection, key, error):
+                    self._leave_out(key, error)
             return None
 
     def look(self, connection: Connection) -> Look:
@@ -118,49 +134,50 @@ class Claimer:
             del self._refused[next(iter(self._refused))]  # it has not come again
         return [key for key, until in self._refused.items() if until > now]
 
-    def _leaves_out(
-        self, connection: Connection, key: str, error: sa.exc.DBAPIError, start: float
+    def _has_room(self, key: str) -> bool:
+        """Whether a task can be left out beside the others."""
+        return key in self._refused or len(self._refused) < MOST_REFUSED
+
+    def _is_refused(
+        self, connection: Connection, key: str, error: sa.exc.DBAPIError | None
     ) -> bool:
-        """Leave out a task that came first after a claim was refused, and tell whether.
+        """Whether it is a certain task that cannot be claimed, for it came first after a claim had
+        failed.
 
         That must happen twice, for it may have been inserted between the claim and the look for
-        what comes first. One that could not be claimed before is left out at once.
+        what comes first; of one that could not be claimed before, it is known.
 
-        :param start: when it began to be found out.
         :raises sqlalchemy.exc.DBAPIError: if no task can be claimed.
         """
-        self.quiet_until = 0.0
-        known = key in self._refused
-        if not known and key not in self._doubtful:
-            self._doubtful.add(key)
+        if key != self._doubtful and key not in self._refused:
+            self._doubtful = key
             return False
-        self._doubtful.clear()
-        if not known:
+        self._doubtful = None
+        if error is not None and time.monotonic() >= self._next_check:
             self._queue.queries.check_tables(connection)
-            self._name(key, error)
-        now = time.monotonic()
-        self._refused.pop(key, None)
-        if len(self._refused) == MOST_REFUSED:
-            first = next(iter(self._refused))
-            if self._refused.pop(first) > now:  # too early: it comes again, and so on for ever
-                self.quiet_until = now + CROWD_SHARE * (now - start)
-        self._refused[key] = now + REFUSED_FOR
+            self._next_check = time.monotonic() + CHECK_AFTER
         return True
 
-    def _name(self, key: str, error: sa.exc.DBAPIError) -> None:
-        """Say in the log that a task cannot be claimed, unless there are too many."""
-        if len(self._refused) < MOST_NAMED:
-            log.error("Task %s cannot be claimed: %s", key, reason(error))
-        elif len(self._refused) == MOST_NAMED:
-            log.error("More than %d tasks cannot be claimed: %s", MOST_NAMED, reason(error))
+    def _leave_out(self, key: str, error: sa.exc.DBAPIError | None) -> None:
+        """Leave out a task that cannot be claimed, the first one no more if there is no room."""
+        if not self._has_room(key):
+            del self._refused[next(iter(self._refused))]
+        if key not in self._refused:
+            why = UNCHANGED if error is None else reason(error)
+            if len(self._refused) < MOST_NAMED:
+                log.error("Task %s cannot be claimed: %s", key, why)
+            elif len(self._refused) == MOST_NAMED:
+                log.error("More than %d tasks cannot be claimed: %s", MOST_NAMED, why)
+        self._refused.pop(key, None)
+        self._refused[key] = time.monotonic() + REFUSED_FOR
 
 
 def with_or_without_arguments(claim: t.Callable[..., Claimed]) -> Claimed:
-    """Claim with the tasks' arguments; if the database refuses, for it may be because of those,
+    """Claim with the tasks' arguments; if the database refuses, and it may be because of those,
     without them. Each task then reads its own."""
     try:
         return claim()
     except sa.exc.DBAPIError as error:
-        if not is_refusal(error):
+        if not may_be_of_values(error):
             raise
     return claim(arguments=False)

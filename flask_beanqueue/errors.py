@@ -17,6 +17,8 @@ PASSING = ("08", "25", "40", "53", "57P", "58", "F0")
 #: Those by which PostgreSQL refuses a statement, whatever the values: it does not fit the tables,
 #: or a right is missing. They may also come from within a trigger, which meets some values only.
 MISFITS = ("0A", "3F", "42")
+#: Those by which it refuses to hand over a value: it cannot be converted, or is too long as text.
+OF_VALUES = ("22", "54", "XX")
 #: A lock was waited for, or the statement worked on, for as long as somebody allows.
 TIMEOUTS = {"55P03", "57014"}
 
@@ -43,6 +45,11 @@ def is_refusal(error: sa.exc.DBAPIError) -> bool:
 def is_misfit(error: sa.exc.DBAPIError) -> bool:
     """Whether the database refuses a statement as such, or a trigger's."""
     return is_refusal(error) and sqlstate(error).startswith(MISFITS)
+
+
+def may_be_of_values(error: sa.exc.DBAPIError) -> bool:
+    """Whether the database may have refused to hand over a value that it holds."""
+    return is_refusal(error) and sqlstate(error).startswith(OF_VALUES)
 
 
 def is_timeout(error: sa.exc.DBAPIError) -> bool:

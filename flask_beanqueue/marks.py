@@ -27,6 +27,12 @@ CLAIM_AFTER = 0.005
 LOOK_BUSY = 0.25
 #: Looks that in a row find what is due and cannot be had.
 FRUITLESS = 8
+#: Claims that in a row get nothing although something is due, until that is odd.
+ODD = 2
+#: Seconds for which nothing behind tasks that cannot be claimed and were too many is looked for, at
+#: least; and how much longer than it took to pass them over.
+PASSED_OVER = 60.0
+PASSED_SHARE = 20
 #: Levels that are kept in mind although nothing waits there.
 MANY_LEVELS = 100
 
@@ -42,6 +48,10 @@ class Level:
     id: str = NIL
     #: Where the mark was before it went back to the front.
     passed: tuple[float, str] | None = None
+    #: How far tasks have been passed over, since when, and until when that holds.
+    over: tuple[float, str] = (FRONT, NIL)
+    over_since: float = FRONT
+    over_until: float = FRONT
 
     @property
     def mark(self) -> tuple[float, str]:
@@ -55,6 +65,18 @@ class Level:
         """Let the next claim start at a task that the mark has passed."""
         self.passed = max(self.mark, self.passed or self.mark)
         self.mark = (front.at - MICROSECOND if front.at > EXACT_SINCE else FRONT, NIL)
+
+    def step_over(self, front: Front, now: float) -> None:
+        """Go on behind a task that cannot be claimed, and let it be for a while."""
+        if now >= self.over_until:
+            self.over_since = now
+        self.mark = front.at if front.at > EXACT_SINCE else front.at + 1e-3, front.id
+        self.over = max(self.over, self.mark)
+        self.over_until = now + max(PASSED_OVER, PASSED_SHARE * (now - self.over_since))
+
+    def is_over(self, front: Front, now: float) -> bool:
+        """Whether a task has been passed over a while ago."""
+        return now < self.over_until and (front.at, front.id) <= self.over
 
     def return_(self) -> None:
         """There is nothing left behind the old mark: go on from there."""
@@ -101,14 +123,14 @@ class Marks:
 
     def turn(self) -> list[Level]:
         """The levels by priority; of equal ones, each channel comes first in its turn, which lasts
-        until something has been claimed or passed over."""
+        until there is nothing to find out about it."""
         levels = list(self._levels.values())
         start = self._turns % len(levels)
         return sorted(levels[start:] + levels[:start], key=lambda level: level.priority)
 
     def passed(self, claims: t.Sequence[Claim], wanted: int) -> None:
         """Move the marks behind what has been claimed, in the queue's order."""
-        self._turns += 1
+        self.next_turn()
         for claim in claims:
             self._levels[claim.channel, claim.priority].mark = claim.scheduled_at, claim.key
         if claims:
@@ -117,12 +139,23 @@ class Marks:
             for level in self._levels.values():
                 level.return_()
 
-    def step_over(self, front: Front) -> None:
-        """Move a mark behind a task that cannot be claimed. A look finds it again, once it is not
-        left out any more."""
+    def next_turn(self) -> None:
+        """Let the next channel come first."""
         self._turns += 1
-        at = front.at if front.at > EXACT_SINCE else front.at + 1e-3
-        self._levels[front.channel, front.priority].mark = at, front.id
+
+    def step_over(self, front: Front) -> bool:
+        """Move a mark behind a task that cannot be claimed; tell whether it is the first such task
+        for a while. Looks find it, and what else is before the mark, again after that."""
+        level = self._levels[front.channel, front.priority]
+        now = time.monotonic()
+        first = now >= level.over_until
+        level.step_over(front, now)
+        return first
+
+    @property
+    def odd(self) -> bool:
+        """Whether claims get nothing although something is due."""
+        return self._fruitless >= ODD
 
     def look_soon(self) -> None:
         """Let the next look come as early as it is wanted."""
@@ -154,7 +187,8 @@ class Marks:
         """
         # Where something is due and yet not to be had, each look comes later than the one before.
         pause = max(LOOK_SHARE * took, 0.01 * 2 ** min(self._fruitless, 10))
-        self.next_look = time.monotonic() + min(pause, LOOK_WITHIN)
+        now = time.monotonic()
+        self.next_look = now + min(pause, LOOK_WITHIN)
         if len(self._levels) > MANY_LEVELS:
             used = {(front.channel, front.priority) for front in look.fronts}
             kept = {key: level for key, level in self._levels.items() if key in used}
@@ -166,7 +200,7 @@ class Marks:
             )
             if front.due_in <= 0:
                 due = True
-                if (front.at, front.id) <= level.mark:
+                if (front.at, front.id) <= level.mark and not level.is_over(front, now):
                     level.go_back(front)
         self._fruitless = self._fruitless + 1 if due else 0
         return due

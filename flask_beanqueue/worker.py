@@ -371,7 +371,6 @@ class Worker:
         if (wanted := self._claimer.at_once(self._crew.wanted)) > 0:
             start = time.monotonic()
             if (claims := self._claimer.claim(connection, self.id, wanted)) is None:
-                self._quiet_until = self._claimer.quiet_until
                 return
             self._writer.held.update(claims)
             self._crew.add(claims)

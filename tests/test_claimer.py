@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from flask import Flask
 from sqlalchemy.engine import Connection
 
-from flask_beanqueue import BeanQueue, claimer
+from flask_beanqueue import BeanQueue, claimer, marks
 from flask_beanqueue.claimer import Claimer
 from flask_beanqueue.connection import connect
 from flask_beanqueue.marks import Marks
@@ -41,17 +41,17 @@ class Claiming:
     def look(self) -> bool:
         return self.marks.seen(self.claimer.look(self.connection), 0.0)
 
-    def claim(self) -> tuple[list[str], int]:
+    def claim(self, most: int = 100) -> tuple[list[str], int]:
         """What is claimed until there is no more, and with how many calls."""
         found, calls, last = [], 0, None
         while last != []:
             calls += 1
-            last = self.claim_once()
+            last = self.claim_once(most)
             found += last or []
         return found, calls
 
-    def claim_once(self) -> list[str] | None:
-        wanted = self.claimer.at_once(100)
+    def claim_once(self, most: int = 100) -> list[str] | None:
+        wanted = self.claimer.at_once(most)
         claims = self.claimer.claim(self.connection, self.worker_id, wanted)
         if claims is None:
             return None
@@ -65,10 +65,10 @@ def claiming(app: Flask, bq: BeanQueue, database_url: str) -> Iterator[Claiming]
         yield Claiming(bq, connection, database_url)
 
 
-def refusal(*names: str) -> str:
+def refusal(*names: str, body: str = "RAISE EXCEPTION 'no'") -> str:
     """SQL that makes a trigger which lets tasks not be claimed."""
     quoted = ", ".join(f"'{name}'" for name in names)
-    on, body = "BEFORE UPDATE ON bq_tasks", "RAISE EXCEPTION 'no'"
+    on = "BEFORE UPDATE ON bq_tasks"
     return trigger("refuse", on, body, condition=f"NEW.func_name IN ({quoted})")
 
 
@@ -80,13 +80,10 @@ def refuse(database_url: str) -> None:
 
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> Any:
-    now = types.SimpleNamespace(at=0.0, tick=0.0)
-
-    def monotonic() -> float:
-        now.at += now.tick
-        return now.at
-
-    monkeypatch.setattr(claimer, "time", types.SimpleNamespace(monotonic=monotonic))
+    now = types.SimpleNamespace(at=0.0)
+    clock = types.SimpleNamespace(monotonic=lambda: now.at)
+    monkeypatch.setattr(claimer, "time", clock)
+    monkeypatch.setattr(marks, "time", clock)
     return now
 
 
@@ -189,22 +186,44 @@ def test_of_many_tasks_that_cannot_be_claimed_some_are_named(
     assert len(caplog.records) == 6
 
 
-@pytest.mark.parametrize(("names", "pauses"), [("13", False), ("135", True)])
-def test_who_finds_more_tasks_that_cannot_be_claimed_than_are_left_out_takes_its_time(
+def test_more_tasks_that_cannot_be_claimed_than_are_left_out_are_passed_over(
     claiming: Claiming,
     database_url: str,
     now: Any,
     monkeypatch: pytest.MonkeyPatch,
-    names: str,
-    pauses: bool,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Else it would find one after the other, and then the first one again, for ever."""
+    """They are not tried again and again, and each good task is done."""
     monkeypatch.setattr(claimer, "MOST_REFUSED", 2)
-    now.tick = 0.001
-    query(database_url, refusal(*names))
+    bad = "1", "3", "5", "7"
+    query(database_url, refusal(*bad))
     found, _ = claiming.claim()
-    assert found == [str(n) for n in range(10) if str(n) not in names]
-    assert (claiming.claimer.quiet_until >= claimer.CROWD_SHARE * now.tick) == pauses
+    assert found == [str(n) for n in range(10) if str(n) not in bad]
+    assert caplog.text.count("Too many tasks of channel 'default' cannot be claimed") == 1
+    for _ in range(20):
+        assert claiming.look()
+        assert claiming.claim() == ([], 1)
+    query(database_url, "INSERT INTO bq_tasks (module, func_name) VALUES ('a', 'new')")
+    assert claiming.claim()[0] == ["new"]
+    now.at = marks.PASSED_OVER
+    query(database_url, "DROP TRIGGER refuse ON bq_tasks")
+    assert claiming.look()
+    assert claiming.claim()[0] == list(bad)
+
+
+def test_tasks_that_a_trigger_leaves_as_they_are_hold_up_no_others(
+    claiming: Claiming, database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is raised then; they just are not claimed."""
+    bad = "0", "1", "2", "3", "8"
+    query(database_url, refusal(*bad, body="RETURN NULL"))
+    found: list[str] = []
+    for _ in range(10):
+        claiming.look()
+        found += claiming.claim(most=2)[0]
+    assert found == [str(n) for n in range(10) if str(n) not in bad]
+    assert caplog.text.count("its row stays as it is; does a trigger return NULL?") == len(bad)
+    assert not claiming.look()
 
 
 @pytest.mark.parametrize(

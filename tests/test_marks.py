@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import time
+import types
 import uuid
 
+import pytest
+
+from flask_beanqueue import marks as module
 from flask_beanqueue.claim import Claim
-from flask_beanqueue.marks import FRUITLESS, MANY_LEVELS, NIL, Front, Look, Marks
+from flask_beanqueue.marks import (
+    FRUITLESS,
+    MANY_LEVELS,
+    NIL,
+    PASSED_SHARE,
+    Front,
+    Look,
+    Marks,
+)
 
 CLAIM = Claim("(0,1)", str(uuid.UUID(int=1)), 1, "default", "app", "f", "{}", 0, 3.0, 0, 0, 0, None)
 
@@ -67,12 +79,22 @@ def test_channels_of_one_priority_come_first_in_turn() -> None:
     assert sorted(firsts) == ["a", "b", "c"]
 
 
-def test_a_turn_lasts_until_something_has_been_claimed_or_passed_over() -> None:
-    marks = Marks(["a", "b"])
-    first, second = (level.channel for level in marks.turn())
-    assert marks.turn()[0].channel == first
-    marks.step_over(Front(first, 0, 1.0, str(uuid.UUID(int=9)), -1.0))
-    assert marks.turn()[0].channel == second
+def test_what_was_passed_over_is_left_alone_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=lambda: now))
+    marks = Marks(["default"])
+    first, second = (Front("default", 0, at, str(uuid.UUID(int=9)), -1.0) for at in (1.0, 2.0))
+    assert marks.step_over(first)
+    now += 10.0
+    assert not marks.step_over(second)
+    [level] = marks.turn()
+    assert level.mark == (2.0, second.id)
+    now += 10 * PASSED_SHARE - 1
+    assert marks.seen(Look([first], None, False), 0.0)
+    assert level.mark == (2.0, second.id)
+    now += 1
+    marks.seen(Look([first], None, False), 0.0)
+    assert (0.9, NIL) < level.mark < (1.0, NIL)
 
 
 def test_claims_move_the_mark_of_their_own_level_only() -> None:
