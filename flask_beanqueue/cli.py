@@ -276,7 +276,10 @@ def readable_errors(
         code = sqlstate(error)
         if code in (UNDEFINED_SCHEMA, UNDEFINED_TABLE) and ask(sa.func.current_schema()) is None:
             # What is in a schema that the role may not use is not there for it.
-            message = f"{problem}. Let the owner of its schema {of_schema} to {current_role()}."
+            message = (
+                f"{problem}. Let the owner of its schema {of_schema} to {current_role()}, or let"
+                " the role's search_path name a schema that is there."
+            )
         elif code == UNDEFINED_SCHEMA:
             message = f"{problem}. Create it first: CREATE SCHEMA …"
         elif code == UNDEFINED_TABLE:

@@ -23,6 +23,7 @@ class Heartbeat(threading.Thread):
     :param on_death: called when the worker finds itself declared dead, unless it leaves.
     :param on_loss: called when the thread ends for any other reason.
     :param on_burial: called when it has declared others dead.
+    :param on_look: called each time that it has seen who is silent.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Heartbeat(threading.Thread):
         on_death: t.Callable[[], None],
         on_loss: t.Callable[[], None],
         on_burial: t.Callable[[], None],
+        on_look: t.Callable[[], None] | None = None,
     ) -> None:
         super().__init__(name="beanqueue-heartbeat", daemon=True)
         self.line = Line(engine)
@@ -44,17 +46,24 @@ class Heartbeat(threading.Thread):
         self._on_death = on_death
         self._on_loss = on_loss
         self._on_burial = on_burial
+        self._on_look = on_look
         self._stopped = threading.Event()
         self._last_beat = time.monotonic()
         self._modest_until = 0.0
         #: Who was silent when it looked last, and since when by its own clock. The database's may
         #: be set forward or back, which is nobody's death.
         self._silent: dict[Silent, float] = {}
+        self._has_looked = False
         self._next_termination = 0.0
 
     def stop(self) -> None:
         self._stopped.set()
         self.join(timeout=5)
+
+    @property
+    def watches(self) -> bool:
+        """Whether others are silent and may be found dead, or that is not known yet."""
+        return not self._has_looked or bool(self._silent)
 
     def run(self) -> None:
         try:
@@ -100,7 +109,10 @@ class Heartbeat(threading.Thread):
         since = max(now, self._modest_until)
         self._silent = {each: self._silent.get(each, since) for each in silent}
         dead = [each for each, at in self._silent.items() if now - at >= patience]
-        buried = self._bury(connection, dead) if dead else False
+        buried = self._bury(connection, dead) if dead else set()
+        for each in dead:
+            if each.id in buried:
+                del self._silent[each]
         try:
             if buried or now >= self._next_termination:
                 self._next_termination = now + timeout
@@ -108,10 +120,13 @@ class Heartbeat(threading.Thread):
         finally:  # whatever becomes of their backends
             if buried:
                 self._on_burial()
+            self._has_looked = True
+            if self._on_look is not None:
+                self._on_look()
         return True
 
-    def _bury(self, connection: Connection, dead: list[Silent]) -> bool:
-        """Declare workers dead, unless another one does so; tell whether there were any."""
+    def _bury(self, connection: Connection, dead: list[Silent]) -> set[uuid.UUID]:
+        """Declare workers dead, unless another one does so; return the ids of those that it was."""
         buried = self._queries.bury_silent(connection, dead)
         for each in dead:
             if each.id in buried:
@@ -121,7 +136,7 @@ class Heartbeat(threading.Thread):
                     each.id,
                     self._config.WORKER_HEARTBEAT_TIMEOUT,
                 )
-        return bool(buried)
+        return buried
 
     def _terminate(self, connection: Connection) -> None:
         """End the backends of dead workers, and with them their locks."""

@@ -26,8 +26,8 @@ LASTS = 0.1
 FIRST_ATTEMPT = 2.0
 #: Seconds that connecting may hold up who does it by itself.
 SHORT = 2
-#: Seconds that the listener waits for what it has told itself.
-ECHO_WITHIN = 2.0
+#: Seconds that the listener waits for what it has told itself: less, so that it can say why not.
+ECHO_WITHIN = 1.0
 
 
 def notify_name(channel: str) -> str:

@@ -124,6 +124,9 @@ class Worker:
         #: Since there was anything to claim.
         self._taken_over = False
         self._stopping = False
+        self._heartbeat: Heartbeat | None = None
+        #: Until when a burst that is through waits for what the heartbeat may find.
+        self._awaits_until: float | None = None
         self._grace_until = float("inf")
         self._attend_at = 0.0
         #: Why it cannot go on, once that is so.
@@ -191,7 +194,7 @@ class Worker:
             queries.add_worker(self._line.connection, self.id, self.name, self.channels)
             if self._predecessors:
                 queries.bury(self._line.connection, self._predecessors)
-            heartbeat = Heartbeat(
+            self._heartbeat = heartbeat = Heartbeat(
                 self.engine,
                 queries,
                 self.config,
@@ -199,6 +202,7 @@ class Worker:
                 on_death=self._declared_dead,
                 on_loss=self._lost_heartbeat,
                 on_burial=self._take_over_soon,
+                on_look=self._bell.ring if self.burst else None,
             )
             heartbeat.start()
             try:
@@ -307,7 +311,17 @@ class Worker:
             return False
         if not self._taken_over:
             self._take_over()
-        return self._empty
+        return self._empty and not self._awaits_burials()
+
+    def _awaits_burials(self) -> bool:
+        """Whether a burst that is through waits for the heartbeat to tell who is dead. Where there
+        are none but bursts, nobody else ever does what a dead worker held."""
+        now = time.monotonic()
+        if self._heartbeat is None or not self._heartbeat.watches:
+            return False
+        if self._awaits_until is None:
+            self._awaits_until = now + self.config.WORKER_HEARTBEAT_TIMEOUT
+        return now < self._awaits_until
 
     def _leave(self, heartbeat: Heartbeat) -> None:
         """Give back what has not started, wait for what runs, and say goodbye."""
@@ -337,7 +351,8 @@ class Worker:
             late = time.monotonic() >= self._grace_until
             if self._writer.held and late:
                 self._gather(everything=True)  # in one go with what is given back
-                log.warning("Tasks given back while they run: %d", len(self._writer.undecided))
+                for claim in self._writer.undecided:
+                    log.warning("%s is given back while it runs", claim.label)
                 self._give_back(self._writer.undecided)
                 if locked := self._writer.abandon_locked():
                     log.warning(
@@ -526,6 +541,8 @@ class Worker:
                 until.append(self._quiet_until)
             if self.config.LISTEN and not self._source.listens:
                 until.append(self._source.next_try)
+            if self._awaits_until is not None and self._awaits_until > now:
+                until.append(self._awaits_until)
         return max(min(until) - now, 0.0)
 
     @property

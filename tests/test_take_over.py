@@ -18,7 +18,7 @@ from flask_beanqueue.marks import Level
 from flask_beanqueue.models import uuid7
 from flask_beanqueue.writer import Writer
 
-from .conftest import running
+from .conftest import MakeApp, running
 from .probe import Probe, query
 from .triggers import trigger
 
@@ -396,6 +396,29 @@ def test_a_worker_takes_over_when_it_starts_and_before_a_burst_ends(
         work()
         assert set(db.session.scalars(sa.select(bq.Task.state))) == {"DONE"}
         assert list(db.session.scalars(sa.select(Note.text))) == ["done"]
+
+
+def test_a_burst_waits_to_find_out_whether_a_silent_worker_is_dead(
+    make_app: MakeApp, db: SQLAlchemy, bq: BeanQueue
+) -> None:
+    """There may be none but bursts, and none that lives for as long as that takes."""
+    app = make_app(db, bq, BQ_WORKER_HEARTBEAT_PERIOD=0.1, BQ_WORKER_HEARTBEAT_TIMEOUT=1)
+    ran = []
+
+    @bq.processor()
+    def left() -> None:
+        ran.append("left")
+
+    worker_id = add_worker(app, bq, "RUNNING")
+    with app.app_context():
+        task = held(bq, worker_id, module=left.module, name="left")
+        db.session.add(task)
+        last = sa.func.now() - sa.cast("1 second", sa.Interval)
+        db.session.execute(sa.update(bq.Worker).values(last_heartbeat=last))
+        db.session.commit()
+        bq.process_tasks(["default"], app=app, burst=True)
+        assert ran == ["left"]
+        assert (task.state, task.crashes) == ("DONE", 1)
 
 
 def test_a_worker_takes_over_as_soon_as_its_heartbeat_has_declared_others_dead(
