@@ -107,19 +107,24 @@ class Claimer:
         """Claim one task that was in a crash, if there is one and it can be had."""
         queries = self._queue.queries
         wanted = self._channels, self._left_out(), self._given_up
+        error = None
         try:
-            return with_or_without_arguments(
+            claim = with_or_without_arguments(
                 functools.partial(queries.claim_suspect, connection, worker_id, *wanted)
             )
-        except sa.exc.DBAPIError as error:
-            if not queries.check_refusal(connection, error):
+        except sa.exc.DBAPIError as refusal:
+            if not queries.check_refusal(connection, refusal):
                 raise
-            if (key := queries.next_suspect(connection, *wanted)) is not None:
-                if self._has_room(key):
-                    self._marks.look_soon()  # for the next one
-                if self._is_refused(connection, key, error):
-                    self._leave_out(key, error)
-            return None
+            error = refusal
+        else:
+            if claim is not None:
+                return claim
+        if (key := queries.next_suspect(connection, *wanted)) is not None:
+            if self._has_room(key):
+                self._marks.look_soon()  # for the next one
+            if self._is_refused(connection, key, error):
+                self._leave_out(key, error)
+        return None
 
     def look(self, connection: Connection) -> Look:
         """Look from the front of the queue for what can be claimed."""

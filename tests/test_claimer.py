@@ -226,6 +226,20 @@ def test_tasks_that_a_trigger_leaves_as_they_are_hold_up_no_others(
     assert not claiming.look()
 
 
+@pytest.mark.parametrize("body", ["RAISE EXCEPTION 'no'", "RETURN NULL"])
+def test_a_task_that_was_in_a_crash_and_cannot_be_claimed_holds_up_no_other_that_was(
+    claiming: Claiming, database_url: str, body: str
+) -> None:
+    query(database_url, "UPDATE bq_tasks SET crashes = 1")
+    query(database_url, refusal("0", "1", "3", body=body))
+    found = []
+    for _ in range(20):
+        if claim := claiming.claimer.claim_suspect(claiming.connection, claiming.worker_id):
+            found.append(claim.func_name)
+            query(database_url, "DELETE FROM bq_tasks WHERE id = %s", claim.key)
+    assert found == [str(n) for n in range(10) if n not in (0, 1, 3)]
+
+
 @pytest.mark.parametrize(
     "change",
     [
