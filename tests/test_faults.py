@@ -830,8 +830,9 @@ def test_processes_are_woken_again_when_their_listener_was_lost(
 ) -> None:
     supervisor = processes.worker(APP, "--processes", "3", **NO_POLL)
     terminate(database_url, sa.make_url(database_url).database, "LISTEN")
+    # At once or, if it had only just been made, a second later.
+    wait_until(lambda: listening(database_url) == ["beanqueue listener"])
     wake(probe)
-    assert listening(database_url) == ["beanqueue listener"]
     assert supervisor.stop() == 0
 
 
