@@ -82,7 +82,7 @@ class Claimer:
         else:
             if claims:
                 self._most = min(2 * self._most, self._batch_size)
-            if claims or not self._marks.odd:
+            if claims or not self._marks.fruitless:
                 return claims
         front = queries.next(connection, levels, refused)
         if front is None:

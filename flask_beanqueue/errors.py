@@ -166,17 +166,19 @@ def copy(error: BaseException, copies: dict[int, BaseException]) -> BaseExceptio
     :param copies: those that have been made, by the id of what they are copies of.
     """
     if id(error) not in copies:
-        make = copy_of_database if is_of_database(error) else copy_of_app
         inside = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
+        copied = [copy(each, copies) for each in inside]
         try:  # they may be of any kind
-            copies[id(error)] = make(error, [copy(each, copies) for each in inside])
+            copies[id(error)] = (
+                copy_of_database(error) if is_of_database(error) else copy_of_app(error, copied)
+            )
         except Exception:
             text = reason(error)
             copies[id(error)] = Exception(f"{name_of(error)}: {text}" if text else name_of(error))
     return copies[id(error)]
 
 
-def copy_of_database(error: BaseException, inside: list[BaseException]) -> BaseException:
+def copy_of_database(error: BaseException) -> BaseException:
     # Not by calling the class, whose ``__init__`` may do or want anything.
     copied = type(error).__new__(type(error), *error.args)
     copied.args = (reason(error),)

@@ -21,7 +21,7 @@ class Heartbeat(threading.Thread):
     """A thread with a connection of its own, so that nothing that tasks do can hold it up.
 
     :param on_death: called when the worker finds itself declared dead, unless it leaves.
-    :param on_loss: called when the thread ends for any other reason.
+    :param on_loss: called when the thread ends for any other reason, unless it is to end.
     :param on_burial: called when it has declared others dead.
     :param on_look: called each time that it has seen who is silent.
     """
@@ -69,7 +69,8 @@ class Heartbeat(threading.Thread):
         try:
             self._keep_beating()
         except BaseException:  # of whatever kind: the others will take it for dead
-            self._on_loss()
+            if not self._stopped.is_set():
+                self._on_loss()
             raise
 
     def _keep_beating(self) -> None:

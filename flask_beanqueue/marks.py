@@ -26,9 +26,9 @@ CLAIM_AFTER = 0.005
 #: Seconds between two looks of a worker that finds enough behind its marks, at least.
 LOOK_BUSY = 0.25
 #: Looks that in a row find what is due and cannot be had.
-FRUITLESS = 8
-#: Claims that in a row get nothing although something is due, until that is odd.
-ODD = 2
+IN_VAIN = 8
+#: Looks that in a row find what is due although claims get nothing, until that is looked into.
+FRUITLESS = 2
 #: Seconds for which nothing behind tasks that cannot be claimed and were too many is looked for, at
 #: least; and how much longer than it took to pass them over.
 PASSED_OVER = 60.0
@@ -153,9 +153,9 @@ class Marks:
         return first
 
     @property
-    def odd(self) -> bool:
+    def fruitless(self) -> bool:
         """Whether claims get nothing although something is due."""
-        return self._fruitless >= ODD
+        return self._fruitless >= FRUITLESS
 
     def look_soon(self) -> None:
         """Let the next look come as early as it is wanted."""
@@ -178,7 +178,7 @@ class Marks:
     @property
     def in_vain(self) -> bool:
         """Whether what is due has not been had for a while: others have it locked."""
-        return self._fruitless >= FRUITLESS
+        return self._fruitless >= IN_VAIN
 
     def seen(self, look: Look, took: float) -> bool:
         """Take in what a look found, and tell whether anything is due.

@@ -11,7 +11,7 @@ import pytest
 from flask_beanqueue import marks as module
 from flask_beanqueue.claim import Claim
 from flask_beanqueue.marks import (
-    FRUITLESS,
+    IN_VAIN,
     MANY_LEVELS,
     NIL,
     PASSED_SHARE,
@@ -50,7 +50,7 @@ def test_levels_where_nothing_waits_are_forgotten_once_there_are_many() -> None:
 def test_looks_that_find_what_cannot_be_had_are_told() -> None:
     """Somebody keeps the row locked, say."""
     marks = Marks(["default"])
-    for _ in range(FRUITLESS):
+    for _ in range(IN_VAIN):
         assert not marks.in_vain
         marks.seen(look(0), 0.0)
         marks.passed([], wanted=1)
