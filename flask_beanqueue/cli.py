@@ -297,8 +297,8 @@ def readable_errors(
             message = f"{problem}. Let its owner {what} to {current_role()}."
         elif error.statement is None:  # the driver takes no such URL
             message = f"The database cannot be used: {reason(error)}"
-        else:
-            raise
+        else:  # as a trigger's own error, which psycopg 3 counts among these and psycopg2 does not
+            message = f"The database refuses this: {reason(error)}"
         raise click.ClickException(message) from error
     except (PoolerError, EncodingError) as error:
         raise click.ClickException(str(error)) from error

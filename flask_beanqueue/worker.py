@@ -24,7 +24,7 @@ from .claimer import Claimer
 from .config import PREFIX, Config, ConfigError
 from .connection import Line, named
 from .crew import Crew
-from .errors import TROUBLE, reason
+from .errors import TROUBLE, is_hopeless, reason
 from .executor import Executor
 from .heartbeat import Heartbeat
 from .listen import Listener, Source
@@ -570,7 +570,7 @@ class Worker:
 
         :raises sqlalchemy.exc.SQLAlchemyError: the error, if connecting again cannot help.
         """
-        if isinstance(error, sa.exc.ProgrammingError) and not error.connection_invalidated:
+        if isinstance(error, sa.exc.DBAPIError) and is_hopeless(error):
             raise error
         log.warning("The database fails, and is tried again: %s", reason(error))
         self._line.close()

@@ -9,7 +9,14 @@ from collections.abc import Callable
 import pytest
 import sqlalchemy as sa
 
-from flask_beanqueue.errors import is_misfit, is_refusal, is_timeout, reason, without_values
+from flask_beanqueue.errors import (
+    is_hopeless,
+    is_misfit,
+    is_refusal,
+    is_timeout,
+    reason,
+    without_values,
+)
 
 
 class DriverError(Exception):
@@ -45,6 +52,24 @@ def error(sqlstate: str | None, *, lost: bool = False) -> sa.exc.DBAPIError:
 )
 def test_what_is_nobodys_passing_trouble_is_a_refusal(sqlstate: str | None, refuses: bool) -> None:
     assert is_refusal(error(sqlstate)) is refuses
+
+
+@pytest.mark.parametrize(
+    ("raised", "sqlstate", "hopeless"),
+    [
+        (sa.exc.ProgrammingError, "42P01", True),
+        (sa.exc.ProgrammingError, None, True),  # no such URL
+        (sa.exc.ProgrammingError, "P0001", False),  # by a trigger, as psycopg 3 has it
+        (sa.exc.InternalError, "P0001", False),  # and psycopg2
+        (sa.exc.NotSupportedError, "0A000", False),  # a plan that was made for another table
+        (sa.exc.OperationalError, None, False),
+    ],
+)
+def test_only_what_fits_no_table_is_not_tried_again(
+    raised: type[sa.exc.DBAPIError], sqlstate: str | None, hopeless: bool
+) -> None:
+    assert is_hopeless(raised("SELECT", {}, DriverError(sqlstate))) is hopeless
+    assert not is_hopeless(raised("SELECT", {}, DriverError(sqlstate), connection_invalidated=True))
 
 
 @pytest.mark.parametrize(

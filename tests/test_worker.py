@@ -990,6 +990,23 @@ def test_a_worker_survives_whatever_the_apps_own_way_to_connect_raises(
         log.wait(2)
 
 
+def test_a_worker_outlives_a_trigger_that_forbids_all_claims_for_a_while(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log, database_url: str, caplog: Any
+) -> None:
+    """psycopg 3 raises the class of errors that psycopg2 keeps for tables that do not fit."""
+    with running(app, bq), app.app_context():
+        note.enqueue(number=1)
+        db.session.commit()
+        log.wait(1)
+        on, body = "BEFORE UPDATE ON bq_tasks", "RAISE EXCEPTION 'maintenance until six'"
+        query(database_url, trigger("refuse", on, body, each="STATEMENT"))
+        note.enqueue(number=2)
+        db.session.commit()
+        wait_until(lambda: "is tried again: maintenance until six" in caplog.text)
+        query(database_url, "DROP TRIGGER refuse ON bq_tasks")
+        log.wait(2)
+
+
 def test_several_apps_in_one_process_each_do_their_own_tasks(
     make_app: Any, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log, server_url: str
 ) -> None:
