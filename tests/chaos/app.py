@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import time
@@ -33,16 +34,23 @@ class Shipment(db.Model):  # type: ignore[name-defined, misc]
     )
 
 
+@functools.cache
+def folder() -> Path:
+    """Where the trial looks on. It is made once: pathlib interns its parts, and CPython's table of
+    interned strings wanders through all threads' memory if strings come and go in it."""
+    return Path(os.environ["CHAOS_FOLDER"])
+
+
 def take_time() -> None:
     """Wait as for somebody else's answer, unless it is closing time."""
-    if not Path(os.environ["CHAOS_FOLDER"], "closing").exists():
+    if not (folder() / "closing").exists():
         # Not sleep(), which libfaketime breaks.
         threading.Event().wait(float(os.environ["CHAOS_PAUSE"]))
 
 
 def post(number: int) -> None:
     """Do something that no rollback takes back."""
-    with Path(os.environ["CHAOS_FOLDER"], "letters").open("a") as letters:
+    with (folder() / "letters").open("a") as letters:
         letters.write(f"{number} {time.time()}\n")
 
 
