@@ -53,10 +53,8 @@ class Claimer:
         #: How many tasks to claim at once: half as many where one of them cannot be claimed, and
         #: twice as many where all can.
         self._most = batch_size
-        #: The tasks that could not be claimed, and until when they are left out, by that time.
-        self._refused: dict[str, float] = {}
-        #: The task that may be one more.
-        self._doubtful: str | None = None
+        self._refused = Refused()
+        self._refused_suspects = Refused()
         self._next_check = 0.0
 
     def at_once(self, wanted: int) -> int:
@@ -64,117 +62,129 @@ class Claimer:
         return min(wanted, self._most)
 
     def claim(self, connection: Connection, worker_id: uuid.UUID, limit: int) -> list[Claim] | None:
-        """Claim up to ``limit`` tasks; None if the database does not let one of them be claimed.
-        The next calls then find out which one it is, and leave it out."""
-        queries, levels, refused = self._queue.queries, self._marks.turn(), self._left_out()
-        error = None
-        try:
-            claims = with_or_without_arguments(
-                functools.partial(queries.claim, connection, worker_id, levels, limit, refused)
-            )
-        except sa.exc.DBAPIError as refusal:
-            if not queries.check_refusal(connection, refusal):
-                raise
-            error = refusal
-            self._most = max(limit // 2, 1)
-            if limit > 1:
-                return None
-        else:
-            if claims:
-                self._most = min(2 * self._most, self._batch_size)
-            if claims or not self._marks.fruitless:
-                return claims
-        front = queries.next(connection, levels, refused)
-        if front is None:
-            return []  # another worker is trying it
-        others = self._doubtful is not None
-        if self._is_refused(connection, front.id, error):
-            self._marks.next_turn()
-            if self._has_room(front.id):
-                self._leave_out(front.id, error)
-            elif self._marks.step_over(front):
-                log.error(
-                    "Too many tasks of channel %r cannot be claimed; what is to be done before"
-                    " them waits for a minute: %s",
-                    front.channel,
-                    UNCHANGED if error is None else reason(error),
-                )
-        elif error is None and others:
-            return []  # what comes first changes: other workers claim it
-        return None
-
-    def claim_suspect(self, connection: Connection, worker_id: uuid.UUID) -> Claim | None:
-        """Claim one task that was in a crash, if there is one and it can be had."""
-        queries = self._queue.queries
-        wanted = self._channels, self._left_out(), self._given_up
-        error = None
-        try:
-            claim = with_or_without_arguments(
-                functools.partial(queries.claim_suspect, connection, worker_id, *wanted)
-            )
-        except sa.exc.DBAPIError as refusal:
-            if not queries.check_refusal(connection, refusal):
-                raise
-            error = refusal
-        else:
-            if claim is not None:
-                return claim
-        if (key := queries.next_suspect(connection, *wanted)) is not None:
-            if self._has_room(key):
-                self._marks.look_soon()  # for the next one
-            if self._is_refused(connection, key, error):
-                self._leave_out(key, error)
-        return None
-
-    def look(self, connection: Connection) -> Look:
-        """Look from the front of the queue for what can be claimed."""
-        return self._queue.queries.look(
-            connection, self._channels, self._left_out(), self._given_up
-        )
-
-    def _left_out(self) -> list[str]:
-        """The tasks to leave out now."""
-        now = time.monotonic()
-        while self._refused and now >= next(iter(self._refused.values())) + REFUSED_FOR:
-            del self._refused[next(iter(self._refused))]  # it has not come again
-        return [key for key, until in self._refused.items() if until > now]
-
-    def _has_room(self, key: str) -> bool:
-        """Whether a task can be left out beside the others."""
-        return key in self._refused or len(self._refused) < MOST_REFUSED
-
-    def _is_refused(
-        self, connection: Connection, key: str, error: sa.exc.DBAPIError | None
-    ) -> bool:
-        """Whether it is a certain task that cannot be claimed, for it came first after a claim had
-        failed.
-
-        That must happen twice, for it may have been inserted between the claim and the look for
-        what comes first; of one that could not be claimed before, it is known.
+        """Claim up to ``limit`` tasks; None if there may be more than were had, for the database
+        does not let one of them be claimed. The next calls then find out which one it is, and leave
+        it out.
 
         :raises sqlalchemy.exc.DBAPIError: if no task can be claimed.
         """
-        if key != self._doubtful and key not in self._refused:
-            self._doubtful = key
-            return False
-        self._doubtful = None
-        if error is not None and time.monotonic() >= self._next_check:
-            self._queue.queries.check_tables(connection)
-            self._next_check = time.monotonic() + CHECK_AFTER
-        return True
+        queries, levels, refused = self._queue.queries, self._marks.turn(), self._refused.keys()
+        claim = functools.partial(queries.claim, connection, worker_id, levels)
+        claims, error = self._try(connection, claim, limit, refused)
+        if error is not None:
+            self._most = max(limit // 2, 1)
+            if limit > 1:
+                return None
+        elif claims or not self._marks.fruitless:
+            if claims:
+                self._most = min(2 * self._most, self._batch_size)
+            return claims
+        front = queries.next(connection, levels, refused)
+        if front is None:
+            return []  # another worker is trying it
+        claims, error = self._try(connection, claim, 1, alone=front.id)
+        if claims:
+            return claims
+        if error is None:
+            # Another worker was there before, unless it is as it was.
+            again = queries.next(connection, levels, refused)
+            if again is None or again.id != front.id:
+                return []
+        self._marks.next_turn()
+        if self._refused.has_room(front.id):
+            self._refused.add(front.id, error)
+        elif (until := self._marks.step_over(front)) is not None:
+            log.error(
+                "Too many tasks of channel %r cannot be claimed; what comes before them waits for"
+                " %.0f s or more: %s",
+                front.channel,
+                until - time.monotonic(),
+                why(error),
+            )
+        return None
 
-    def _leave_out(self, key: str, error: sa.exc.DBAPIError | None) -> None:
-        """Leave out a task that cannot be claimed, the first one no more if there is no room."""
-        if not self._has_room(key):
-            del self._refused[next(iter(self._refused))]
-        if key not in self._refused:
-            why = UNCHANGED if error is None else reason(error)
-            if len(self._refused) < MOST_NAMED:
-                log.error("Task %s cannot be claimed: %s", key, why)
-            elif len(self._refused) == MOST_NAMED:
-                log.error("More than %d tasks cannot be claimed: %s", MOST_NAMED, why)
-        self._refused.pop(key, None)
-        self._refused[key] = time.monotonic() + REFUSED_FOR
+    def claim_suspect(self, connection: Connection, worker_id: uuid.UUID) -> Claim | None:
+        """Claim one task that was in a crash, if there is one and it can be had.
+
+        :raises sqlalchemy.exc.DBAPIError: if no task can be claimed.
+        """
+        queries = self._queue.queries
+        wanted = self._channels, self._refused_suspects.keys(), self._given_up
+        claim = functools.partial(queries.claim_suspect, connection, worker_id, *wanted)
+        claimed, _ = self._try(connection, claim)
+        if claimed is not None:
+            return claimed
+        if (key := queries.next_suspect(connection, *wanted)) is None:
+            return None
+        claimed, error = self._try(connection, claim, alone=key)
+        if claimed is None and (
+            error is not None or key == queries.next_suspect(connection, *wanted)
+        ):
+            if self._refused_suspects.has_room(key):
+                self._marks.look_soon()  # for the next one
+            self._refused_suspects.add(key, error)
+        return claimed
+
+    def look(self, connection: Connection) -> Look:
+        """Look from the front of the queue for what can be claimed."""
+        refused = [*self._refused.keys(), *self._refused_suspects.keys()]
+        return self._queue.queries.look(connection, self._channels, refused, self._given_up)
+
+    def _try(
+        self, connection: Connection, claim: t.Callable[..., Claimed], *args: t.Any, **kwargs: t.Any
+    ) -> tuple[Claimed | None, sa.exc.DBAPIError | None]:
+        """Claim, and return what was claimed, or the error by which the database refuses.
+
+        :raises sqlalchemy.exc.DBAPIError: if it would refuse any claim, or it is no refusal.
+        """
+        try:
+            return with_or_without_arguments(functools.partial(claim, *args, **kwargs)), None
+        except sa.exc.DBAPIError as error:
+            if not self._queue.queries.check_refusal(connection, error):
+                raise
+            if time.monotonic() >= self._next_check:
+                self._queue.queries.check_tables(connection)
+                self._next_check = time.monotonic() + CHECK_AFTER
+            return None, error
+
+
+class Refused:
+    """The tasks that cannot be claimed, which are left out for a while."""
+
+    def __init__(self) -> None:
+        #: Each with the time until which it is.
+        self._until: dict[str, float] = {}
+
+    def keys(self) -> list[str]:
+        """Those that are left out now."""
+        now = time.monotonic()
+        while self._until and now >= next(iter(self._until.values())) + REFUSED_FOR:
+            del self._until[next(iter(self._until))]  # it has not come again
+        return [key for key, until in self._until.items() if until > now]
+
+    def has_room(self, key: str) -> bool:
+        """Whether a task can be left out beside the others."""
+        return key in self._until or len(self._until) < MOST_REFUSED
+
+    def add(self, key: str, error: sa.exc.DBAPIError | None) -> None:
+        """Leave out a task, and the first one no more if there is no room.
+
+        :param error: by which the database refuses it, if it does not just leave it as it is.
+        """
+        if not self.has_room(key):
+            del self._until[next(iter(self._until))]
+        if key not in self._until:
+            if len(self._until) < MOST_NAMED:
+                log.error("Task %s cannot be claimed: %s", key, why(error))
+            elif len(self._until) == MOST_NAMED:
+                log.error("More than %d tasks cannot be claimed: %s", MOST_NAMED, why(error))
+        self._until.pop(key, None)
+        self._until[key] = time.monotonic() + REFUSED_FOR
+
+
+def why(error: sa.exc.DBAPIError | None) -> str:
+    """What is said of a task that cannot be claimed."""
+    return UNCHANGED if error is None else reason(error)
 
 
 def with_or_without_arguments(claim: t.Callable[..., Claimed]) -> Claimed:

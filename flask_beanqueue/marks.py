@@ -27,10 +27,11 @@ CLAIM_AFTER = 0.005
 LOOK_BUSY = 0.25
 #: Looks that in a row find what is due and cannot be had.
 IN_VAIN = 8
-#: Looks that in a row find what is due although claims get nothing, until that is looked into.
+#: Looks that in a row find what is due although claims get nothing of it, until that is looked
+#: into.
 FRUITLESS = 2
-#: Seconds for which nothing behind tasks that cannot be claimed and were too many is looked for, at
-#: least; and how much longer than it took to pass them over.
+#: Seconds for which what comes before the last of too many tasks that cannot be claimed is not
+#: looked for, at least; and how much longer than it took to pass them over.
 PASSED_OVER = 60.0
 PASSED_SHARE = 20
 #: Levels that are kept in mind although nothing waits there.
@@ -46,8 +47,10 @@ class Level:
     at: float = FRONT
     #: As text, which sorts as PostgreSQL sorts UUIDs.
     id: str = NIL
-    #: Where the mark was before it went back to the front.
+    #: Where the mark was before it went back to the front; and how often in a row it has done so
+    #: although claims got nothing of what they went back for.
     passed: tuple[float, str] | None = None
+    in_vain: int = 0
     #: How far tasks have been passed over, since when, and until when that holds.
     over: tuple[float, str] = (FRONT, NIL)
     over_since: float = FRONT
@@ -64,12 +67,13 @@ class Level:
     def go_back(self, front: Front) -> None:
         """Let the next claim start at a task that the mark has passed."""
         self.passed = max(self.mark, self.passed or self.mark)
+        self.in_vain += 1
         self.mark = (front.at - MICROSECOND if front.at > EXACT_SINCE else FRONT, NIL)
 
     def step_over(self, front: Front, now: float) -> None:
         """Go on behind a task that cannot be claimed, and let it be for a while."""
         if now >= self.over_until:
-            self.over_since = now
+            self.over, self.over_since = (FRONT, NIL), now
         self.mark = front.at if front.at > EXACT_SINCE else front.at + 1e-3, front.id
         self.over = max(self.over, self.mark)
         self.over_until = now + max(PASSED_OVER, PASSED_SHARE * (now - self.over_since))
@@ -78,11 +82,20 @@ class Level:
         """Whether a task has been passed over a while ago."""
         return now < self.over_until and (front.at, front.id) <= self.over
 
-    def return_(self) -> None:
-        """There is nothing left behind the old mark: go on from there."""
-        if self.passed is not None:
-            self.mark = max(self.mark, self.passed)
-            self.passed = None
+    def take(self, claim: Claim) -> None:
+        """Move the mark behind what has been claimed."""
+        self.mark = claim.scheduled_at, claim.key
+        if self.passed is not None and self.mark <= self.passed:
+            self.in_vain = 0
+
+    def return_(self) -> bool:
+        """There is nothing left before the old mark: go on from there, and tell whether that is
+        anywhere else."""
+        if self.passed is None:
+            return False
+        self.mark = max(self.mark, self.passed)
+        self.passed = None
+        return True
 
 
 @dataclasses.dataclass(slots=True)
@@ -111,7 +124,7 @@ class Marks:
     """One mark for each channel and priority.
 
     Every claim leaves a dead entry at the front of the index, so claims start where the last one
-    stopped. What turns up behind a mark (a retry, a late commit) is found by a look from the
+    stopped. What turns up before a mark (a retry, a late commit) is found by a look from the
     front, which has to wade through the dead entries and is therefore rationed.
     """
 
@@ -128,34 +141,45 @@ class Marks:
         start = self._turns % len(levels)
         return sorted(levels[start:] + levels[:start], key=lambda level: level.priority)
 
-    def passed(self, claims: t.Sequence[Claim], wanted: int) -> None:
-        """Move the marks behind what has been claimed, in the queue's order."""
+    def passed(self, claims: t.Sequence[Claim], wanted: int) -> bool:
+        """Move the marks behind what has been claimed, in the queue's order.
+
+        :return: whether there may be more at once, where a mark has returned to.
+        """
         self.next_turn()
         for claim in claims:
-            self._levels[claim.channel, claim.priority].mark = claim.scheduled_at, claim.key
+            level = self._levels.get((claim.channel, claim.priority))
+            if level is not None:  # or a trigger has changed them
+                level.take(claim)
         if claims:
             self._fruitless = 0
-        if len(claims) < wanted:
-            for level in self._levels.values():
-                level.return_()
+        if len(claims) == wanted:
+            return False
+        returned = [level for level in self._levels.values() if level.return_()]
+        return bool(returned)
 
     def next_turn(self) -> None:
         """Let the next channel come first."""
         self._turns += 1
 
-    def step_over(self, front: Front) -> bool:
-        """Move a mark behind a task that cannot be claimed; tell whether it is the first such task
-        for a while. Looks find it, and what else is before the mark, again after that."""
+    def step_over(self, front: Front) -> float | None:
+        """Move a mark behind a task that cannot be claimed. Looks find it, and what else comes
+        before the mark, again after a while.
+
+        :return: until when, if it is the first such task for a while.
+        """
         level = self._levels[front.channel, front.priority]
         now = time.monotonic()
         first = now >= level.over_until
         level.step_over(front, now)
-        return first
+        return level.over_until if first else None
 
     @property
     def fruitless(self) -> bool:
-        """Whether claims get nothing although something is due."""
-        return self._fruitless >= FRUITLESS
+        """Whether claims get nothing of what is due: of all, or of what a mark goes back for."""
+        return self._fruitless >= FRUITLESS or any(
+            level.in_vain >= FRUITLESS for level in self._levels.values()
+        )
 
     def look_soon(self) -> None:
         """Let the next look come as early as it is wanted."""
@@ -194,6 +218,7 @@ class Marks:
             kept = {key: level for key, level in self._levels.items() if key in used}
             self._levels = kept or self._levels
         due = False
+        before = set()
         for front in look.fronts:
             level = self._levels.setdefault(
                 (front.channel, front.priority), Level(front.channel, front.priority)
@@ -202,5 +227,9 @@ class Marks:
                 due = True
                 if (front.at, front.id) <= level.mark and not level.is_over(front, now):
                     level.go_back(front)
+                    before.add((front.channel, front.priority))
+        for key, level in self._levels.items():
+            if key not in before:
+                level.in_vain = 0
         self._fruitless = self._fruitless + 1 if due else 0
         return due

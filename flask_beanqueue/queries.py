@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import typing as t
 import uuid
@@ -56,15 +57,17 @@ class Queries:
         self._names["most"] = str(2**31 - 1)
         has_parent = "parent_id" in models.task.__table__.c
         # What the database does not let be claimed is left out by whatever looks for what waits.
-        # An array that is empty, as nearly always, costs nothing.
+        # An array that is empty, as nearly always, costs nothing. Which task it is shows when one
+        # is claimed alone.
         self._names["claimable"] = "t.id <> ALL (CAST(:refused AS uuid[]))"
+        alone = "t.id = CAST(:alone AS uuid)"
         # What tells a claim from others, see Claim.token.
         self._names["token"] = "CAST(t.id AS text) || '/' || t.claims"
 
         # A claim is one statement in autocommit: one round trip, and no transaction that a frozen
         # worker could hold open. The inner part walks the levels in turn and stops at the limit;
         # LATERAL gives each level both ends of its range in the index, so that neither what was
-        # claimed before (dead entries behind the mark) nor what is scheduled for later is read.
+        # claimed earlier (dead entries before the mark) nor what is scheduled for later is read.
         # NO KEY: rows that an open transaction refers to by foreign key are not skipped. The rows
         # are found again by ctid, which costs no index. Tasks that were in a crash are left out,
         # see claim_suspect. A row that was touched between the two parts comes back as nothing,
@@ -74,7 +77,7 @@ class Queries:
                 claims = claims % {most} + 1, parked = false, started_at = now()
             WHERE ctid = ANY (ARRAY(SELECT picked.ctid {due}))
         """
-        self._names["due"] = """
+        due = """
             FROM unnest(
                 CAST(:channels AS text[]), CAST(:priorities AS int[]),
                 CAST(:ats AS float8[]), CAST(:ids AS uuid[])
@@ -89,9 +92,10 @@ class Queries:
                 FOR NO KEY UPDATE SKIP LOCKED
             ) AS picked
             LIMIT :limit
-        """.format(**self._names)
-        self._claim = self._returning_claims(claim)
-        self._claim_bare = self._returning_claims(claim, arguments=False)
+        """
+        self._names["due"] = due.format(**self._names)
+        one = due.replace("{claimable}", alone)
+        self._claim = self._claiming(claim, claim.replace("{due}", one))
 
         # What such a claim would take first, to pass over what cannot be claimed.
         self._next = self._text("""
@@ -117,10 +121,11 @@ class Queries:
                   AND {token} <> ALL (CAST(:given_up AS text[])))
             OFFSET 0
         ) AS free""".format(**self._names)
-        self._names["suspects"] = """{tasks} AS t
+        suspects = """{tasks} AS t
             WHERE t.state = 'PENDING' AND t.crashes > 0
               AND t.channel = free.channel AND t.scheduled_at <= now() AND {claimable}
-        """.format(**self._names)
+        """
+        self._names["suspects"] = suspects.format(**self._names)
 
         # A task that was in a crash is claimed and run alone. One worker at a time is so occupied
         # in a channel, however many tasks a crash left, so that the rest goes on meanwhile.
@@ -129,16 +134,17 @@ class Queries:
                 claims = claims % {most} + 1, parked = false, started_at = now()
             WHERE ctid = ANY (ARRAY(SELECT suspect.ctid {suspect}))
         """
-        self._names["suspect"] = """
+        suspect = """
             FROM {free} CROSS JOIN LATERAL (
                 SELECT t.ctid, t.id FROM {suspects}
                 ORDER BY t.scheduled_at, t.id LIMIT 1
                 FOR NO KEY UPDATE SKIP LOCKED
             ) AS suspect
             LIMIT 1
-        """.format(**self._names)
-        self._claim_suspect = self._returning_claims(claim_suspect)
-        self._claim_suspect_bare = self._returning_claims(claim_suspect, arguments=False)
+        """
+        self._names["suspect"] = suspect.format(**self._names)
+        one = suspect.replace("{suspects}", suspects.replace("{claimable}", alone))
+        self._claim_suspect = self._claiming(claim_suspect, claim_suspect.replace("{suspect}", one))
 
         # Which one that would take.
         self._next_suspect = self._text("SELECT CAST(suspect.id AS text) AS key {suspect}")
@@ -392,6 +398,16 @@ class Queries:
     def _text(self, sql: str) -> sa.TextClause:
         return sa.text(sql.format(**self._names))
 
+    def _claiming(self, sql: str, alone: str) -> dict[tuple[bool, bool], t.Any]:
+        """Statements that claim, by whether one task alone, and whether with the tasks' arguments.
+
+        :param alone: the SQL for one task.
+        """
+        return {
+            (one, arguments): self._returning_claims(alone if one else sql, arguments=arguments)
+            for one, arguments in itertools.product([False, True], repeat=2)
+        }
+
     def _returning_claims(self, sql: str, *, arguments: bool = True) -> t.Any:
         """A statement whose rows make up claims.
 
@@ -416,16 +432,19 @@ class Queries:
         limit: int,
         refused: t.Collection[str] = (),
         *,
+        alone: str | None = None,
         arguments: bool = True,
     ) -> list[Claim]:
         """Claim up to ``limit`` due tasks behind the levels' marks, in the queue's order.
 
         :param refused: keys of tasks to leave out.
+        :param alone: the key of the only task to claim; ``refused`` is not asked for it.
         :param arguments: whether the claims bring the tasks' arguments.
         """
+        wanted = behind(levels, limit, refused)
         rows = connection.execute(
-            self._claim if arguments else self._claim_bare,
-            {"worker_id": worker_id, **behind(levels, limit, refused)},
+            self._claim[alone is not None, arguments],
+            {"worker_id": worker_id, "alone": alone, **wanted},
         )
         claims = [Claim(*row) for row in rows.all()]
         claims.sort(key=lambda claim: (claim.priority, claim.scheduled_at, claim.key))
@@ -439,16 +458,19 @@ class Queries:
         refused: t.Collection[str] = (),
         given_up: t.Collection[str] = (),
         *,
+        alone: str | None = None,
         arguments: bool = True,
     ) -> Claim | None:
         """Claim one due task that was in a crash, unless another such task runs.
 
         :param refused: keys of tasks to leave out.
         :param given_up: tokens of claims of such tasks that run no more, although PROCESSING.
+        :param alone: the key of the only task to claim; ``refused`` is not asked for it.
         """
+        wanted = suspects(channels, refused, given_up)
         row = connection.execute(
-            self._claim_suspect if arguments else self._claim_suspect_bare,
-            {"worker_id": worker_id, **suspects(channels, refused, given_up)},
+            self._claim_suspect[alone is not None, arguments],
+            {"worker_id": worker_id, "alone": alone, **wanted},
         ).first()
         return None if row is None else Claim(*row)
 

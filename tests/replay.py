@@ -523,7 +523,8 @@ class Replay:
 
     def lose_claim(self, w: Worker, statement: model.Statement) -> None:
         claims = self._queries._claim, self._queries._claim_suspect
-        connection: Any = Unanswered(w.line.connection, *claims)
+        statements = [each for kinds in claims for each in kinds.values()]
+        connection: Any = Unanswered(w.line.connection, *statements)
         with contextlib.suppress(sa.exc.OperationalError):
             if statement.action == "claim":
                 self._claim(connection, w, statement.task)

@@ -18,6 +18,7 @@ from flask_beanqueue.connection import connect
 from flask_beanqueue.marks import Marks
 from flask_beanqueue.models import uuid7
 
+from .probe import connect as connect_by_itself
 from .probe import query
 from .triggers import trigger
 
@@ -112,6 +113,31 @@ def test_what_is_left_out_makes_nothing_slower(
     assert calls == 2, "with all of them, and nothing"
 
 
+@pytest.mark.parametrize("body", ["RAISE EXCEPTION 'no'", "RETURN NULL"])
+def test_a_task_is_not_left_out_for_another_that_somebody_looks_at(
+    claiming: Claiming,
+    database_url: str,
+    bq: BeanQueue,
+    monkeypatch: pytest.MonkeyPatch,
+    body: str,
+) -> None:
+    """Another worker tries what cannot be claimed whenever this one looks for what is first."""
+    query(database_url, refusal("0", body=body))
+    find = bq.queries.next
+
+    def find_meanwhile(*args: Any) -> Any:
+        with contextlib.closing(connect_by_itself(database_url)) as other:
+            other.cursor().execute("BEGIN; SELECT FROM bq_tasks WHERE func_name = '0' FOR UPDATE")
+            return find(*args)
+
+    monkeypatch.setattr(bq.queries, "next", find_meanwhile)
+    found: list[str] = []
+    for _ in range(30):
+        claiming.look()
+        found += claiming.claim_once(1) or []
+    assert found == [str(n) for n in range(1, 10)]
+
+
 def test_a_task_that_came_first_after_the_claim_was_refused_is_not_left_out(
     claiming: Claiming, refuse: None, bq: BeanQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,26 +154,6 @@ def test_a_task_that_came_first_after_the_claim_was_refused_is_not_left_out(
 
     monkeypatch.setattr(bq.queries, "next", find_later)
     assert claiming.claim()[0] == ["0", "1", "2", "3", "4", "late", "6", "7", "8", "9"]
-
-
-def test_a_task_that_cannot_be_claimed_again_is_known(
-    claiming: Claiming, refuse: None, now: Any, bq: BeanQueue, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first time, it must come first twice."""
-    find = bq.queries.next
-    asked = []
-
-    def count(*args: Any) -> Any:
-        asked.append(now.at)
-        return find(*args)
-
-    monkeypatch.setattr(bq.queries, "next", count)
-    claiming.claim()
-    assert len(asked) == 2
-    now.at = claimer.REFUSED_FOR
-    claiming.look()
-    assert claiming.claim()[0] == []
-    assert len(asked) == 3
 
 
 def test_a_task_that_cannot_be_claimed_does_not_starve_its_channel_beside_a_backlog(

@@ -14,6 +14,7 @@ from flask_beanqueue.marks import (
     IN_VAIN,
     MANY_LEVELS,
     NIL,
+    PASSED_OVER,
     PASSED_SHARE,
     Front,
     Look,
@@ -84,9 +85,9 @@ def test_what_was_passed_over_is_left_alone_for_a_while(monkeypatch: pytest.Monk
     monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=lambda: now))
     marks = Marks(["default"])
     first, second = (Front("default", 0, at, str(uuid.UUID(int=9)), -1.0) for at in (1.0, 2.0))
-    assert marks.step_over(first)
+    assert marks.step_over(first) == now + PASSED_OVER
     now += 10.0
-    assert not marks.step_over(second)
+    assert marks.step_over(second) is None
     [level] = marks.turn()
     assert level.mark == (2.0, second.id)
     now += 10 * PASSED_SHARE - 1
@@ -112,3 +113,46 @@ def test_a_claim_that_got_too_little_comes_again_before_the_next_look() -> None:
     assert marks.next_claim(took=0.001) == marks.next_look, "nothing could be had"
     marks.passed([CLAIM], wanted=2)
     assert now < marks.next_claim(took=0.001) < now + 0.5 < marks.next_look
+
+
+def test_tasks_that_were_passed_over_earlier_do_not_count_with_those_of_now(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=lambda: now))
+    marks = Marks(["default"])
+    first, good, last = (
+        Front("default", 0, at, str(uuid.UUID(int=9)), -1.0) for at in (1.0, 40.0, 50.0)
+    )
+    marks.step_over(last)
+    now += 3600.0
+    marks.step_over(first)
+    [level] = marks.turn()
+    level.mark = last.at, last.id
+    marks.seen(Look([good], None, False), 0.0)
+    assert level.mark < (good.at, good.id)
+
+
+def test_a_mark_that_goes_back_for_nothing_is_found_out_beside_a_backlog() -> None:
+    marks = Marks(["default"])
+    marks.passed([CLAIM], wanted=1)
+    for _ in range(2):
+        assert not marks.fruitless
+        marks.seen(look(0), 0.0)
+        assert marks.passed([], wanted=1), "there may be more at the old mark"
+        assert not marks.passed([CLAIM], wanted=1)
+    assert marks.fruitless
+    # And it is over as soon as nothing is there any more.
+    marks.seen(look(0, at=9.0), 0.0)
+    marks.passed([CLAIM], wanted=1)
+    assert not marks.fruitless
+
+
+def test_a_mark_that_goes_back_for_something_is_not_in_vain() -> None:
+    marks = Marks(["default"])
+    for _ in range(4):
+        [level] = marks.turn()
+        level.mark = 5.0, str(uuid.UUID(int=1))
+        marks.seen(look(0), 0.0)
+        marks.passed([CLAIM], wanted=2)
+        assert not marks.fruitless
