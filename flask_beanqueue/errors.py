@@ -19,8 +19,8 @@ PASSING = ("08", "25", "40", "53", "57P", "58", "F0")
 MISFITS = ("0A", "3F", "42")
 #: Those by which it refuses to hand over a value: it cannot be converted, or is too long as text.
 OF_VALUES = ("22", "54", "XX")
-#: What PL/pgSQL raises if it is given no SQLSTATE.
-OF_TRIGGERS = "P0"
+#: Those that no other connection changes; a prepared statement of another's is there on one only.
+HOPELESS, DUPLICATE_STATEMENT = ("3F", "42"), "42P05"
 #: A lock was waited for, or the statement worked on, for as long as somebody allows.
 TIMEOUTS = {"55P03", "57014"}
 
@@ -50,12 +50,18 @@ def is_misfit(error: sa.exc.DBAPIError) -> bool:
 
 
 def is_hopeless(error: sa.exc.DBAPIError) -> bool:
-    """Whether it cannot help to try again on another connection: the statement does not fit the
-    tables, or the driver takes no such URL. A trigger may think better of it; of its errors,
-    psycopg 3 counts among these what psycopg2 does not."""
-    if not isinstance(error, sa.exc.ProgrammingError) or error.connection_invalidated:
+    """Whether it cannot help to try again on another connection: PostgreSQL says that the statement
+    does not fit the tables, or that a right is missing; or the driver takes no such URL.
+
+    By SQLSTATE, for the drivers' classes differ: psycopg 3 has triggers' own errors and a lost
+    prepared statement (26000) among its ProgrammingErrors.
+    """
+    if error.connection_invalidated:
         return False
-    return not sqlstate(error).startswith(OF_TRIGGERS)
+    code = sqlstate(error)
+    if not code:
+        return isinstance(error, sa.exc.ProgrammingError)
+    return code.startswith(HOPELESS) and code != DUPLICATE_STATEMENT
 
 
 def may_be_of_values(error: sa.exc.DBAPIError) -> bool:

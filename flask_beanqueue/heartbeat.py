@@ -62,7 +62,7 @@ class Heartbeat(threading.Thread):
 
     @property
     def watches(self) -> bool:
-        """Whether others are silent and may be found dead, or that is not known yet."""
+        """Whether others are silent and may be found dead, or that is not known or told yet."""
         return not self._has_looked or bool(self._silent)
 
     def run(self) -> None:
@@ -111,16 +111,17 @@ class Heartbeat(threading.Thread):
         self._silent = {each: self._silent.get(each, since) for each in silent}
         dead = [each for each, at in self._silent.items() if now - at >= patience]
         buried = self._bury(connection, dead) if dead else set()
-        for each in dead:
-            if each.id in buried:
-                del self._silent[each]
         try:
             if buried or now >= self._next_termination:
                 self._next_termination = now + timeout
+                start = time.monotonic()
                 self._terminate(connection)
+                # Backends may take their time to end; the database is not out of reach meanwhile.
+                self._last_beat += time.monotonic() - start
         finally:  # whatever becomes of their backends
             if buried:
                 self._on_burial()
+            self._silent = {each: at for each, at in self._silent.items() if each.id not in buried}
             self._has_looked = True
             if self._on_look is not None:
                 self._on_look()

@@ -127,6 +127,7 @@ class Worker:
         self._heartbeat: Heartbeat | None = None
         #: Until when a burst that is through waits for what the heartbeat may find.
         self._awaits_until: float | None = None
+        self._awaited = False
         self._grace_until = float("inf")
         self._attend_at = 0.0
         #: Why it cannot go on, once that is so.
@@ -246,6 +247,9 @@ class Worker:
         )
 
     def _lost_heartbeat(self) -> None:
+        # To be gone before the others take it for dead, and with it the tasks that it still runs.
+        patience = self.config.WORKER_HEARTBEAT_TIMEOUT / 2
+        self._grace_until = min(self._grace_until, time.monotonic() + patience)
         self._die("has lost the thread that sends its heartbeats")
 
     def _lost_thread(self) -> None:
@@ -309,9 +313,17 @@ class Worker:
         """Whether a burst has done what is due, also what dead workers left behind."""
         if not self.burst or not self._empty or self._writer.held:
             return False
+        if self._awaits_burials():
+            self._awaited = True
+            return False
+        if self._awaited:
+            # Who was silent may be dead: declared so by this worker, or by another.
+            self._awaited = False
+            self._ask_again()
+            return False
         if not self._taken_over:
             self._take_over()
-        return self._empty and not self._awaits_burials()
+        return self._empty
 
     def _awaits_burials(self) -> bool:
         """Whether a burst that is through waits for the heartbeat to tell who is dead. Where there
@@ -320,7 +332,8 @@ class Worker:
         if self._heartbeat is None or not self._heartbeat.watches:
             return False
         if self._awaits_until is None:
-            self._awaits_until = now + self.config.WORKER_HEARTBEAT_TIMEOUT
+            # That takes a timeout, and longer if the database was out of reach meanwhile.
+            self._awaits_until = now + 2 * self.config.WORKER_HEARTBEAT_TIMEOUT
         return now < self._awaits_until
 
     def _leave(self, heartbeat: Heartbeat) -> None:
@@ -389,7 +402,10 @@ class Worker:
                 return
             self._writer.held.update(claims)
             self._crew.add(claims)
-            self._marks.passed(claims, wanted)
+            if claims:
+                self._awaits_until = None
+            if self._marks.passed(claims, wanted):
+                return
             enough = len(claims) == wanted
             if self._marks.may_look(busy=enough):
                 self._look(connection)
@@ -496,7 +512,7 @@ class Worker:
         """Give back what no thread has begun, so that other workers can have it."""
         self._give_back(self._crew.take_back())
         self._marks.look_soon()
-        self._looked = False  # it lies behind the marks, and comes before what they have not passed
+        self._looked = False  # it lies before the marks, and so before what they have not passed
 
     def _released(self, claim: Claim, waits: bool) -> None:
         """A claim is held no longer."""
@@ -594,6 +610,7 @@ class Worker:
         self._give_back_strays()
         # A backend that was lost may be at work still.
         self._strays_at = time.monotonic() + timeout
+        self._take_over_at = 0.0  # which may have been what failed
         self._marks.look_soon()
         self._ask_again()
 

@@ -189,6 +189,8 @@ class Writer:
                 if len(part) > 1:
                     self._write_halves(connection, part)
                 else:
+                    # What would refuse any outcome is no fault of this one.
+                    self._queue.queries.check_tables(connection)
                     self._fall_back(part[0], error)
             else:
                 raise

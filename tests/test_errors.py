@@ -61,6 +61,9 @@ def test_what_is_nobodys_passing_trouble_is_a_refusal(sqlstate: str | None, refu
         (sa.exc.ProgrammingError, None, True),  # no such URL
         (sa.exc.ProgrammingError, "P0001", False),  # by a trigger, as psycopg 3 has it
         (sa.exc.InternalError, "P0001", False),  # and psycopg2
+        (sa.exc.ProgrammingError, "26000", False),  # no such prepared statement on this connection
+        (sa.exc.ProgrammingError, "42P05", False),  # or one that is there already
+        (sa.exc.ProgrammingError, "21000", False),  # by a trigger's subquery
         (sa.exc.NotSupportedError, "0A000", False),  # a plan that was made for another table
         (sa.exc.OperationalError, None, False),
     ],

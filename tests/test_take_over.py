@@ -16,6 +16,7 @@ from flask_beanqueue import BeanQueue, task_failed, writer
 from flask_beanqueue.connection import connect
 from flask_beanqueue.marks import Level
 from flask_beanqueue.models import uuid7
+from flask_beanqueue.queries import Queries
 from flask_beanqueue.writer import Writer
 
 from .conftest import MakeApp, running
@@ -398,17 +399,41 @@ def test_a_worker_takes_over_when_it_starts_and_before_a_burst_ends(
         assert list(db.session.scalars(sa.select(Note.text))) == ["done"]
 
 
+@pytest.mark.parametrize(
+    "burial", ["its own", "another's", "whose answer is lost", "beside slow backends"]
+)
 def test_a_burst_waits_to_find_out_whether_a_silent_worker_is_dead(
-    make_app: MakeApp, db: SQLAlchemy, bq: BeanQueue
+    make_app: MakeApp,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    monkeypatch: pytest.MonkeyPatch,
+    burial: str,
 ) -> None:
     """There may be none but bursts, and none that lives for as long as that takes."""
-    app = make_app(db, bq, BQ_WORKER_HEARTBEAT_PERIOD=0.1, BQ_WORKER_HEARTBEAT_TIMEOUT=1)
+    config = {"HEARTBEAT_PERIOD": 0.1, "HEARTBEAT_TIMEOUT": 1}
+    config = {f"BQ_WORKER_{name}": value for name, value in config.items()}
+    app = make_app(db, bq, BQ_LISTEN=False, BQ_POLL_TIMEOUT=0.1, **config)
     ran = []
 
     @bq.processor()
     def left() -> None:
         ran.append("left")
 
+    bury, terminate = Queries.bury_silent, Queries.terminate
+
+    def bury_silent(self: Queries, *args: Any) -> Any:
+        buried = bury(self, *args)
+        if burial == "whose answer is lost":
+            raise sa.exc.OperationalError("UPDATE", {}, Exception("the answer is lost"))
+        return set() if burial == "another's" else buried
+
+    def terminate_slowly(self: Queries, connection: Any) -> int:
+        if burial == "beside slow backends":
+            connection.exec_driver_sql("SELECT pg_sleep(0.5)")
+        return terminate(self, connection)
+
+    monkeypatch.setattr(Queries, "bury_silent", bury_silent)
+    monkeypatch.setattr(Queries, "terminate", terminate_slowly)
     worker_id = add_worker(app, bq, "RUNNING")
     with app.app_context():
         task = held(bq, worker_id, module=left.module, name="left")

@@ -16,6 +16,7 @@ from flask_sqlalchemy import SQLAlchemy
 from flask_sqlalchemy.record_queries import get_recorded_queries
 
 from flask_beanqueue import BeanQueue
+from flask_beanqueue.claimer import Claimer
 from flask_beanqueue.crew import HORIZON
 from flask_beanqueue.queries import application_name
 from flask_beanqueue.worker import Worker
@@ -990,21 +991,104 @@ def test_a_worker_survives_whatever_the_apps_own_way_to_connect_raises(
         log.wait(2)
 
 
+MAINTENANCE = trigger(
+    "refuse",
+    "BEFORE UPDATE ON bq_tasks",
+    "RAISE EXCEPTION 'maintenance until six'",
+    each="STATEMENT",
+)
+
+
 def test_a_worker_outlives_a_trigger_that_forbids_all_claims_for_a_while(
     app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log, database_url: str, caplog: Any
 ) -> None:
-    """psycopg 3 raises the class of errors that psycopg2 keeps for tables that do not fit."""
-    with running(app, bq), app.app_context():
+    """It tries less and less often. psycopg 3 raises the class of errors that psycopg2 keeps for
+    tables that do not fit."""
+    with running(app, bq) as worker, app.app_context():
         note.enqueue(number=1)
         db.session.commit()
         log.wait(1)
-        on, body = "BEFORE UPDATE ON bq_tasks", "RAISE EXCEPTION 'maintenance until six'"
-        query(database_url, trigger("refuse", on, body, each="STATEMENT"))
+        query(database_url, MAINTENANCE)
         note.enqueue(number=2)
         db.session.commit()
         wait_until(lambda: "is tried again: maintenance until six" in caplog.text)
+        wait_until(lambda: worker._failures > 3)
         query(database_url, "DROP TRIGGER refuse ON bq_tasks")
         log.wait(2)
+
+
+def test_what_ends_while_a_trigger_forbids_all_that_is_written_is_written_afterwards(
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    note: Any,
+    busy_worker: Callable[[int], Any],
+    gate: threading.Event,
+    database_url: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with busy_worker(1):
+        query(database_url, MAINTENANCE)
+        gate.set()
+        wait_until(lambda: "is tried again: maintenance until six" in caplog.text)
+        query(database_url, "DROP TRIGGER refuse ON bq_tasks")
+        wait_until(lambda: query(database_url, "SELECT state FROM bq_tasks") == [("DONE",)])
+    assert query(database_url, "SELECT claims, attempts FROM bq_tasks") == [(1, 1)]
+
+
+@pytest.mark.parametrize("change", ["priority = 7", "channel = 'other'"])
+def test_a_trigger_that_changes_where_a_task_belongs_disturbs_no_worker(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log, database_url: str, change: str
+) -> None:
+    query(database_url, trigger("change", "BEFORE UPDATE ON bq_tasks", f"NEW.{change}"))
+    with running(app, bq), app.app_context():
+        for number in (1, 2):
+            note.enqueue(number=number)
+            db.session.commit()
+            log.wait(number)
+
+
+def test_rows_that_a_trigger_leaves_as_they_are_hold_up_nothing_beside_a_backlog(
+    app: Flask,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    log: Log,
+    database_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They come before the mark, and looks are slow."""
+    look = Claimer.look
+
+    def look_slowly(*args: Any) -> Any:
+        time.sleep(0.02)
+        return look(*args)
+
+    monkeypatch.setattr(Claimer, "look", look_slowly)
+
+    @bq.processor()
+    def work(name: str) -> None:
+        time.sleep(0.01)
+        log.add(name)
+
+    @bq.processor()
+    def left() -> None:
+        pass
+
+    hours = datetime.timedelta(hours=1)
+    now = datetime.datetime.now(datetime.UTC)
+    with app.app_context():
+        work.enqueue_many({"name": "backlog"} for _ in range(1500))
+        db.session.commit()
+        with running(app, bq, concurrency=2):
+            log.wait(50)
+            on = "BEFORE UPDATE ON bq_tasks"
+            query(
+                database_url, trigger("keep", on, "RETURN NULL", condition="NEW.func_name = 'left'")
+            )
+            left.using(scheduled_at=now - 2 * hours).enqueue_many({} for _ in range(60))
+            work.using(scheduled_at=now - hours).enqueue(name="given back")
+            db.session.commit()
+            log.wait(1501)
+    assert log.index("given back") < 1000
 
 
 def test_several_apps_in_one_process_each_do_their_own_tasks(
