@@ -31,6 +31,7 @@ from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
 from flask_beanqueue import BeanQueue, LimitAttempt, WorkerDied, outcome
+from flask_beanqueue.heartbeat import Heartbeat
 
 from .conftest import MakeApp, running, texts
 from .probe import Probe, query
@@ -311,6 +312,43 @@ def test_a_worker_that_loses_a_thread_leaves_to_be_replaced(
     with pytest.raises(WorkerDied, match="has lost a thread that runs tasks"):
         bq.process_tasks(app=app)
     assert query(database_url, "SELECT state, attempts FROM bq_tasks") == [("PENDING", 0)]
+    assert query(database_url, "SELECT state FROM bq_workers") == [("SHUTDOWN",)]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_worker_that_has_lost_its_heartbeat_is_gone_before_others_take_it_for_dead(
+    make_app: MakeApp,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    database_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It does not wait for its tasks: others would count them as crashed, and do them beside it."""
+    begun, over = threading.Event(), threading.Event()
+
+    @bq.processor()
+    def work() -> None:
+        begun.set()
+        over.wait(60)
+
+    beat = Heartbeat.beat
+
+    def beat_until_it_runs(self: Heartbeat) -> bool:
+        if begun.is_set():
+            raise SystemExit
+        return beat(self)
+
+    monkeypatch.setattr(Heartbeat, "beat", beat_until_it_runs)
+    config = {"WORKER_HEARTBEAT_PERIOD": 0.1, "WORKER_HEARTBEAT_TIMEOUT": 2, "SHUTDOWN_TIMEOUT": 60}
+    app = make_app(db, bq, **{f"BQ_{name}": value for name, value in config.items()})
+    with app.app_context():
+        work.enqueue()
+        db.session.commit()
+    with pytest.raises(WorkerDied, match="has lost the thread that sends its heartbeats"):
+        bq.process_tasks(app=app)
+    states = query(database_url, "SELECT state, attempts, crashes FROM bq_tasks")
+    over.set()
+    assert states == [("PENDING", 0, 0)]
     assert query(database_url, "SELECT state FROM bq_workers") == [("SHUTDOWN",)]
 
 
