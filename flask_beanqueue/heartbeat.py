@@ -72,6 +72,8 @@ class Heartbeat(threading.Thread):
             if not self._stopped.is_set():
                 self._on_loss()
             raise
+        finally:
+            self.line.close()
 
     def _keep_beating(self) -> None:
         failing = False
@@ -91,7 +93,6 @@ class Heartbeat(threading.Thread):
             pause = min(1.0, self._config.WORKER_HEARTBEAT_PERIOD) if failing else None
             if self._stopped.wait(pause or self._config.WORKER_HEARTBEAT_PERIOD):
                 break
-        self.line.close()
 
     def beat(self) -> bool:
         """Beat once, and bury who is silent; False if this worker has been buried itself."""

@@ -248,17 +248,21 @@ def test_a_worker_that_has_left_a_locked_task_behind_keeps_no_backends(
 def test_a_worker_whose_heartbeat_has_ended_is_told(
     make_heartbeat: MakeHeartbeat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All others will take it for dead."""
+    """All others will take it for dead. Its connection is closed."""
     told = threading.Event()
     heartbeat = make_heartbeat(on_loss=told.set)
+    connections = []
 
     def exit() -> bool:
+        connections.append(heartbeat.line.connection)
         raise SystemExit
 
     monkeypatch.setattr(heartbeat, "beat", exit)
     heartbeat.start()
     assert told.wait(30)
     heartbeat.stop()
+    [connection] = connections
+    assert connection.closed
 
 
 def test_a_worker_that_leaves_while_a_beat_hangs_has_not_died(
