@@ -36,11 +36,13 @@ test-lowest: ## Run them with the oldest releases that are supported
 test-sqlalchemy20 test-lowest: test-%: .venv-%/installed
 	@.venv-$*/bin/python -m tests.postgres --fast -- .venv-$*/bin/python -m pytest $(JOBS) -m "not slow" $(ARGS)
 
-# PostgreSQL 15 is Debian's (postgresql-15), where PyPI has none.
+# PostgreSQL 15 is Debian's (postgresql-15), where PyPI has none. `make test-matrix VERSIONS=16` runs a part.
+VERSIONS ?= 15 16 18
+DRIVERS ?= psycopg2 psycopg
 .PHONY: test-matrix
 test-matrix: .venv/installed .venv-sqlalchemy20/installed ## Run them on each PostgreSQL, SQLAlchemy and driver
-	@failed=0; for version in 15 16 18; do for venv in .venv .venv-sqlalchemy20; do \
-	for driver in psycopg2 psycopg; do \
+	@failed=0; for version in $(VERSIONS); do for venv in .venv .venv-sqlalchemy20; do \
+	for driver in $(DRIVERS); do \
 		echo "PostgreSQL $$version, $$venv, $$driver"; \
 		TEST_DRIVER=$$driver $$venv/bin/python -m tests.postgres --fast --version $$version -- \
 			$$venv/bin/python -m pytest $(JOBS) --quiet -m "not slow and not browser" $(ARGS) || failed=1; \
