@@ -14,6 +14,7 @@ from .claim import Claim
 from .errors import may_be_of_values, reason
 from .log import log
 from .marks import Look, Marks
+from .queries import Unchanged
 from .queue import Queue
 
 #: Seconds for which a task that cannot be claimed is left out.
@@ -22,8 +23,6 @@ REFUSED_FOR = 60.0
 MOST_REFUSED, MOST_NAMED = 200, 20
 #: Seconds between two looks for what would keep all tasks from being claimed, at least.
 CHECK_AFTER = 1.0
-#: What is said of a task that stays as it is although nothing is raised.
-UNCHANGED = "its row stays as it is; does a trigger return NULL?"
 
 Claimed = t.TypeVar("Claimed")
 
@@ -83,13 +82,8 @@ class Claimer:
         if front is None:
             return []  # another worker is trying it
         claims, error = self._try(connection, claim, 1, alone=front.id)
-        if claims:
-            return claims
         if error is None:
-            # Another worker was there before, unless it is as it was.
-            again = queries.next(connection, levels, refused)
-            if again is None or again.id != front.id:
-                return []
+            return claims  # it was another one; or another worker has it now
         self._marks.next_turn()
         if self._refused.has_room(front.id):
             self._refused.add(front.id, error)
@@ -99,7 +93,7 @@ class Claimer:
                 " %.0f s or more: %s",
                 front.channel,
                 until - time.monotonic(),
-                why(error),
+                reason(error),
             )
         return None
 
@@ -117,9 +111,7 @@ class Claimer:
         if (key := queries.next_suspect(connection, *wanted)) is None:
             return None
         claimed, error = self._try(connection, claim, alone=key)
-        if claimed is None and (
-            error is not None or key == queries.next_suspect(connection, *wanted)
-        ):
+        if error is not None:
             if self._refused_suspects.has_room(key):
                 self._marks.look_soon()  # for the next one
             self._refused_suspects.add(key, error)
@@ -132,8 +124,8 @@ class Claimer:
 
     def _try(
         self, connection: Connection, claim: t.Callable[..., Claimed], *args: t.Any, **kwargs: t.Any
-    ) -> tuple[Claimed | None, sa.exc.DBAPIError | None]:
-        """Claim, and return what was claimed, or the error by which the database refuses.
+    ) -> tuple[Claimed | None, Exception | None]:
+        """Claim, and return what was claimed, or why the database does not let it be.
 
         :raises sqlalchemy.exc.DBAPIError: if it would refuse any claim, or it is no refusal.
         """
@@ -146,6 +138,8 @@ class Claimer:
                 self._queue.queries.check_tables(connection)
                 self._next_check = time.monotonic() + CHECK_AFTER
             return None, error
+        except Unchanged as unchanged:
+            return None, unchanged
 
 
 class Refused:
@@ -166,25 +160,17 @@ class Refused:
         """Whether a task can be left out beside the others."""
         return key in self._until or len(self._until) < MOST_REFUSED
 
-    def add(self, key: str, error: sa.exc.DBAPIError | None) -> None:
-        """Leave out a task, and the first one no more if there is no room.
-
-        :param error: by which the database refuses it, if it does not just leave it as it is.
-        """
+    def add(self, key: str, error: Exception) -> None:
+        """Leave out a task, and the first one no more if there is no room."""
         if not self.has_room(key):
             del self._until[next(iter(self._until))]
         if key not in self._until:
             if len(self._until) < MOST_NAMED:
-                log.error("Task %s cannot be claimed: %s", key, why(error))
+                log.error("Task %s cannot be claimed: %s", key, reason(error))
             elif len(self._until) == MOST_NAMED:
-                log.error("More than %d tasks cannot be claimed: %s", MOST_NAMED, why(error))
+                log.error("More than %d tasks cannot be claimed: %s", MOST_NAMED, reason(error))
         self._until.pop(key, None)
         self._until[key] = time.monotonic() + REFUSED_FOR
-
-
-def why(error: sa.exc.DBAPIError | None) -> str:
-    """What is said of a task that cannot be claimed."""
-    return UNCHANGED if error is None else reason(error)
 
 
 def with_or_without_arguments(claim: t.Callable[..., Claimed]) -> Claimed:

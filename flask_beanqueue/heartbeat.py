@@ -103,6 +103,7 @@ class Heartbeat(threading.Thread):
         if now - self._last_beat > self._config.WORKER_HEARTBEAT_PERIOD + timeout / 4:
             # The database was out of reach, perhaps for all workers: let the others beat first.
             self._silent.clear()
+            self._has_looked = False
             self._modest_until = now + patience
         alive, silent = self._queries.beat(connection, self._worker_id, patience)
         if not alive:

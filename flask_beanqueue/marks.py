@@ -34,6 +34,8 @@ FRUITLESS = 2
 #: looked for, at least; and how much longer than it took to pass them over.
 PASSED_OVER = 60.0
 PASSED_SHARE = 20
+#: And for how long at most, from the first of them.
+PASSED_LONGEST = 600.0
 #: Levels that are kept in mind although nothing waits there.
 MANY_LEVELS = 100
 
@@ -50,7 +52,7 @@ class Level:
     #: Where the mark was before it went back to the front; and how often in a row it has done so
     #: although claims got nothing of what they went back for.
     passed: tuple[float, str] | None = None
-    in_vain: int = 0
+    fruitless: int = 0
     #: How far tasks have been passed over, since when, and until when that holds.
     over: tuple[float, str] = (FRONT, NIL)
     over_since: float = FRONT
@@ -67,7 +69,7 @@ class Level:
     def go_back(self, front: Front) -> None:
         """Let the next claim start at a task that the mark has passed."""
         self.passed = max(self.mark, self.passed or self.mark)
-        self.in_vain += 1
+        self.fruitless += 1
         self.mark = (front.at - MICROSECOND if front.at > EXACT_SINCE else FRONT, NIL)
 
     def step_over(self, front: Front, now: float) -> None:
@@ -76,7 +78,9 @@ class Level:
             self.over, self.over_since = (FRONT, NIL), now
         self.mark = front.at if front.at > EXACT_SINCE else front.at + 1e-3, front.id
         self.over = max(self.over, self.mark)
-        self.over_until = now + max(PASSED_OVER, PASSED_SHARE * (now - self.over_since))
+        until = now + max(PASSED_OVER, PASSED_SHARE * (now - self.over_since))
+        # New ones may come for ever; what is before them must not wait as long.
+        self.over_until = min(until, self.over_since + PASSED_LONGEST)
 
     def is_over(self, front: Front, now: float) -> bool:
         """Whether a task has been passed over a while ago."""
@@ -86,15 +90,15 @@ class Level:
         """Move the mark behind what has been claimed."""
         self.mark = claim.scheduled_at, claim.key
         if self.passed is not None and self.mark <= self.passed:
-            self.in_vain = 0
+            self.fruitless = 0
 
     def return_(self) -> bool:
         """There is nothing left before the old mark: go on from there, and tell whether that is
         anywhere else."""
-        if self.passed is None:
+        passed, self.passed = self.passed, None
+        if passed is None or passed <= self.mark:
             return False
-        self.mark = max(self.mark, self.passed)
-        self.passed = None
+        self.mark = passed
         return True
 
 
@@ -178,7 +182,7 @@ class Marks:
     def fruitless(self) -> bool:
         """Whether claims get nothing of what is due: of all, or of what a mark goes back for."""
         return self._fruitless >= FRUITLESS or any(
-            level.in_vain >= FRUITLESS for level in self._levels.values()
+            level.fruitless >= FRUITLESS for level in self._levels.values()
         )
 
     def look_soon(self) -> None:
@@ -230,6 +234,6 @@ class Marks:
                     before.add((front.channel, front.priority))
         for key, level in self._levels.items():
             if key not in before:
-                level.in_vain = 0
+                level.fruitless = 0
         self._fruitless = self._fruitless + 1 if due else 0
         return due

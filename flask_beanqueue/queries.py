@@ -22,6 +22,13 @@ from .models import Models
 NOTIFY = "SELECT pg_notify(%(name)s, '')"
 
 
+class Unchanged(Exception):
+    """The database leaves a row as it is, and raises nothing."""
+
+    def __str__(self) -> str:
+        return "its row stays as it is; does a trigger return NULL?"
+
+
 class Silent(t.NamedTuple):
     """A worker that has not beaten for a while."""
 
@@ -57,10 +64,9 @@ class Queries:
         self._names["most"] = str(2**31 - 1)
         has_parent = "parent_id" in models.task.__table__.c
         # What the database does not let be claimed is left out by whatever looks for what waits.
-        # An array that is empty, as nearly always, costs nothing. Which task it is shows when one
-        # is claimed alone.
+        # An array that is empty, as nearly always, costs nothing.
         self._names["claimable"] = "t.id <> ALL (CAST(:refused AS uuid[]))"
-        alone = "t.id = CAST(:alone AS uuid)"
+        only = "{claimable}", "t.id = CAST(:alone AS uuid)"
         # What tells a claim from others, see Claim.token.
         self._names["token"] = "CAST(t.id AS text) || '/' || t.claims"
 
@@ -72,10 +78,19 @@ class Queries:
         # are found again by ctid, which costs no index. Tasks that were in a crash are left out,
         # see claim_suspect. A row that was touched between the two parts comes back as nothing,
         # so zero rows do not prove an empty queue.
-        claim = """
+        update = """
             UPDATE {tasks} SET state = 'PROCESSING', worker_id = :worker_id,
                 claims = claims % {most} + 1, parked = false, started_at = now()
-            WHERE ctid = ANY (ARRAY(SELECT picked.ctid {due}))
+        """
+        claim = update + "WHERE ctid = ANY (ARRAY(SELECT picked.ctid {due}))"
+        # One task alone, which tells whether it is the one that cannot be claimed: no row comes
+        # back if somebody else has it, and one of NULLs if it was here and stays as it is.
+        alone = f"""
+            WITH picked AS MATERIALIZED (SELECT picked.ctid {{found}}),
+            claimed AS (
+                {update} WHERE ctid = ANY (ARRAY(SELECT ctid FROM picked)) RETURNING {{claim}}
+            )
+            SELECT claimed.* FROM picked LEFT JOIN claimed ON true
         """
         due = """
             FROM unnest(
@@ -94,8 +109,7 @@ class Queries:
             LIMIT :limit
         """
         self._names["due"] = due.format(**self._names)
-        one = due.replace("{claimable}", alone)
-        self._claim = self._claiming(claim, claim.replace("{due}", one))
+        self._claim = self._claiming(claim, alone.replace("{found}", due.replace(*only)))
 
         # What such a claim would take first, to pass over what cannot be claimed.
         self._next = self._text("""
@@ -129,25 +143,21 @@ class Queries:
 
         # A task that was in a crash is claimed and run alone. One worker at a time is so occupied
         # in a channel, however many tasks a crash left, so that the rest goes on meanwhile.
-        claim_suspect = """
-            UPDATE {tasks} SET state = 'PROCESSING', worker_id = :worker_id,
-                claims = claims % {most} + 1, parked = false, started_at = now()
-            WHERE ctid = ANY (ARRAY(SELECT suspect.ctid {suspect}))
-        """
+        claim_suspect = update + "WHERE ctid = ANY (ARRAY(SELECT picked.ctid {suspect}))"
         suspect = """
             FROM {free} CROSS JOIN LATERAL (
                 SELECT t.ctid, t.id FROM {suspects}
                 ORDER BY t.scheduled_at, t.id LIMIT 1
                 FOR NO KEY UPDATE SKIP LOCKED
-            ) AS suspect
+            ) AS picked
             LIMIT 1
         """
         self._names["suspect"] = suspect.format(**self._names)
-        one = suspect.replace("{suspects}", suspects.replace("{claimable}", alone))
-        self._claim_suspect = self._claiming(claim_suspect, claim_suspect.replace("{suspect}", one))
+        one = suspect.replace("{suspects}", suspects.replace(*only))
+        self._claim_suspect = self._claiming(claim_suspect, alone.replace("{found}", one))
 
         # Which one that would take.
-        self._next_suspect = self._text("SELECT CAST(suspect.id AS text) AS key {suspect}")
+        self._next_suspect = self._text("SELECT CAST(picked.id AS text) AS key {suspect}")
 
         # The look from the front: the first waiting row of each channel and priority, by hopping
         # through the index from one to the next (a loose index scan), and when the next task
@@ -440,13 +450,14 @@ class Queries:
         :param refused: keys of tasks to leave out.
         :param alone: the key of the only task to claim; ``refused`` is not asked for it.
         :param arguments: whether the claims bring the tasks' arguments.
+        :raises Unchanged: if the one that is claimed alone stays as it is.
         """
         wanted = behind(levels, limit, refused)
         rows = connection.execute(
             self._claim[alone is not None, arguments],
             {"worker_id": worker_id, "alone": alone, **wanted},
         )
-        claims = [Claim(*row) for row in rows.all()]
+        claims = [Claim(*row) for row in rows.all()] if alone is None else claimed_alone(rows)
         claims.sort(key=lambda claim: (claim.priority, claim.scheduled_at, claim.key))
         return claims
 
@@ -466,13 +477,14 @@ class Queries:
         :param refused: keys of tasks to leave out.
         :param given_up: tokens of claims of such tasks that run no more, although PROCESSING.
         :param alone: the key of the only task to claim; ``refused`` is not asked for it.
+        :raises Unchanged: if that stays as it is.
         """
         wanted = suspects(channels, refused, given_up)
-        row = connection.execute(
+        rows = connection.execute(
             self._claim_suspect[alone is not None, arguments],
             {"worker_id": worker_id, "alone": alone, **wanted},
-        ).first()
-        return None if row is None else Claim(*row)
+        )
+        return next(iter(claimed_alone(rows)), None)
 
     def next(
         self, connection: Connection, levels: t.Sequence[Level], refused: t.Collection[str]
@@ -623,6 +635,13 @@ class Queries:
             connection.execute(sa.insert(table).from_select(["id"], nothing))
         # And what is done all the time: it names the columns, and triggers may be in its way.
         self.claim(connection, uuid.UUID(int=0), [], 0)
+        self.check_outcomes(connection)
+
+    def check_outcomes(self, connection: Connection) -> None:
+        """See whether outcomes can be written, whichever they are; write none.
+
+        :raises sqlalchemy.exc.DBAPIError: if not.
+        """
         self.finish(connection, [])
         self.settle(connection, [])
 
@@ -685,6 +704,19 @@ class Queries:
     def mine(self, connection: Connection, worker_id: uuid.UUID) -> list[Claim]:
         """Return what a worker has claimed."""
         return [Claim(*row) for row in connection.execute(self._mine, {"worker_id": worker_id})]
+
+
+def claimed_alone(rows: t.Iterable[t.Any]) -> list[Claim]:
+    """One claim or none.
+
+    :raises Unchanged: if the row was there and is not claimed.
+    """
+    claims = []
+    for row in rows:
+        if row[0] is None:
+            raise Unchanged
+        claims.append(Claim(*row))
+    return claims
 
 
 def quote(table: sa.Table) -> str:

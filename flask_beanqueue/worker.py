@@ -127,7 +127,7 @@ class Worker:
         self._heartbeat: Heartbeat | None = None
         #: Until when a burst that is through waits for what the heartbeat may find.
         self._awaits_until: float | None = None
-        self._awaited = False
+        self._must_ask_again = False
         self._grace_until = float("inf")
         self._attend_at = 0.0
         #: Why it cannot go on, once that is so.
@@ -311,14 +311,14 @@ class Worker:
 
     def _is_through(self) -> bool:
         """Whether a burst has done what is due, also what dead workers left behind."""
-        if not self.burst or not self._empty or self._writer.held:
+        if not self.burst or not self._empty or self._writer.held or self._writer.waits:
             return False
         if self._awaits_burials():
-            self._awaited = True
+            self._must_ask_again = True
             return False
-        if self._awaited:
+        if self._must_ask_again:
             # Who was silent may be dead: declared so by this worker, or by another.
-            self._awaited = False
+            self._must_ask_again = False
             self._ask_again()
             return False
         if not self._taken_over:
@@ -437,6 +437,7 @@ class Worker:
             return False
         self._writer.held.add(claim)
         self._suspect.took(claim)
+        self._awaits_until = None
         return True
 
     @property
@@ -469,9 +470,14 @@ class Worker:
 
     def _take_over(self) -> None:
         """Let what dead workers held wait again."""
-        self._take_over_at = time.monotonic() + self.config.WORKER_HEARTBEAT_TIMEOUT
+        timeout = self.config.WORKER_HEARTBEAT_TIMEOUT
+        self._take_over_at = time.monotonic() + timeout
+        try:
+            self._writer.take_over(self._line.connection, self.config.MAX_CRASHES)
+        except TROUBLE:
+            self._take_over_at = time.monotonic() + timeout / 4
+            raise
         self._taken_over = True
-        self._writer.take_over(self._line.connection, self.config.MAX_CRASHES)
 
     # Finishing.
 
@@ -607,12 +613,14 @@ class Worker:
         alive, _ = self.queue.queries.beat(connection, self.id, timeout)
         if not alive and not self._stopping:
             self._declared_dead()
+        # Something else than the outcomes may be what fails again and again.
+        self._gather(everything=True)
         self._give_back_strays()
         # A backend that was lost may be at work still.
         self._strays_at = time.monotonic() + timeout
-        self._take_over_at = 0.0  # which may have been what failed
         self._marks.look_soon()
         self._ask_again()
+        self._awaits_until = None
 
     def _give_back_strays(self) -> None:
         self._strays_at = float("inf")

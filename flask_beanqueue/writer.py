@@ -15,7 +15,7 @@ from sqlalchemy.engine import Connection
 from . import outcome as outcomes
 from . import signals
 from .claim import Claim
-from .errors import is_timeout, reason
+from .errors import is_misfit, is_timeout, reason
 from .log import log
 from .models import PENDING, PROCESSING
 from .outcome import Outcome
@@ -74,6 +74,11 @@ class Writer:
         if self._backlog:
             return 0.0
         return self._locked_until if self._locked else float("inf")
+
+    @property
+    def waits(self) -> bool:
+        """Whether there is anything to write, now or later."""
+        return bool(self._backlog or self._locked)
 
     def keeps(self, claim: Claim) -> bool:
         """Whether its outcome is known, and waits for a lock."""
@@ -189,8 +194,9 @@ class Writer:
                 if len(part) > 1:
                     self._write_halves(connection, part)
                 else:
-                    # What would refuse any outcome is no fault of this one.
-                    self._queue.queries.check_tables(connection)
+                    if not is_misfit(error):  # for which that has just been seen
+                        # What would refuse any outcome is no fault of this one.
+                        self._queue.queries.check_outcomes(connection)
                     self._fall_back(part[0], error)
             else:
                 raise

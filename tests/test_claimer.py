@@ -246,6 +246,53 @@ def test_a_task_that_was_in_a_crash_and_cannot_be_claimed_holds_up_no_other_that
     assert found == [str(n) for n in range(10) if n not in (0, 1, 3)]
 
 
+def test_a_task_is_not_left_out_because_another_worker_looks_at_it(
+    claiming: Claiming, database_url: str, bq: BeanQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query(database_url, "UPDATE bq_tasks SET crashes = 1")
+    query(database_url, "DELETE FROM bq_tasks WHERE func_name <> '0'")
+    claim, times = bq.queries.claim_suspect, [1, 2]
+
+    def claim_meanwhile(*args: Any, **options: Any) -> Any:
+        if not times:
+            return claim(*args, **options)
+        times.pop()
+        with contextlib.closing(connect_by_itself(database_url)) as other, other.cursor() as cursor:
+            cursor.execute("BEGIN; SELECT FROM bq_tasks FOR UPDATE")
+            found = claim(*args, **options)
+            cursor.execute("ROLLBACK")
+            return found
+
+    monkeypatch.setattr(bq.queries, "claim_suspect", claim_meanwhile)
+    assert claiming.claimer.claim_suspect(claiming.connection, claiming.worker_id) is None
+    assert not times
+    assert claiming.claimer.claim_suspect(claiming.connection, claiming.worker_id)
+
+
+def test_new_tasks_that_cannot_be_claimed_do_not_keep_what_is_before_them_waiting_for_ever(
+    claiming: Claiming, database_url: str, now: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claimer, "MOST_REFUSED", 2)
+    query(database_url, "DELETE FROM bq_tasks")
+    query(database_url, refusal("bad"))
+    add = (
+        "INSERT INTO bq_tasks (module, func_name, scheduled_at)"
+        " SELECT 'a', %s, now() - interval '2 hours' + %s * interval '1 second'"
+        " FROM generate_series(1, 4)"
+    )
+    found: list[str] = []
+    for second in range(0, 3600, 50):
+        query(database_url, add, "bad", second)
+        if second == 1800:
+            query(database_url, add, "good", 1700)
+        if second > 1800 + 2 * marks.PASSED_LONGEST:
+            break
+        now.at += 50
+        claiming.look()
+        found += claiming.claim()[0]
+    assert found == ["good"] * 4
+
+
 @pytest.mark.parametrize(
     "change",
     [

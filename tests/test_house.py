@@ -252,7 +252,11 @@ def test_all_statements_are_made_when_nothing_but_the_models_is_known() -> None:
                 for node in ast.walk(statement)
                 if isinstance(node, ast.Name)
             }
-            texts = {"claim", "due", "claim_suspect", "suspect", "suspects", "alone", "one"}
+            texts = {"update", "claim", "due", "claim_suspect", "suspect", "suspects"} | {
+                "alone",
+                "one",
+                "only",
+            }
             known = {"self", "models", "quote", "epoch", "str", "has_parent", "postgresql"}
             assert names == known | texts
         for node in ast.walk(function):

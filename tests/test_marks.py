@@ -156,3 +156,12 @@ def test_a_mark_that_goes_back_for_something_is_not_in_vain() -> None:
         marks.seen(look(0), 0.0)
         marks.passed([CLAIM], wanted=2)
         assert not marks.fruitless
+
+
+def test_a_mark_that_has_gone_further_than_it_was_returns_nowhere() -> None:
+    marks = Marks(["default"])
+    [level] = marks.turn()
+    level.mark = 2.0, NIL
+    marks.seen(look(0), 0.0)
+    assert not marks.passed([CLAIM], wanted=2)
+    assert level.mark == (CLAIM.scheduled_at, CLAIM.key)

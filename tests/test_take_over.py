@@ -21,6 +21,7 @@ from flask_beanqueue.writer import Writer
 
 from .conftest import MakeApp, running
 from .probe import Probe, query
+from .probe import connect as connect_by_itself
 from .triggers import trigger
 
 Work = Callable[..., None]
@@ -444,6 +445,29 @@ def test_a_burst_waits_to_find_out_whether_a_silent_worker_is_dead(
         bq.process_tasks(["default"], app=app, burst=True)
         assert ran == ["left"]
         assert (task.state, task.crashes) == ("DONE", 1)
+
+
+def test_a_burst_does_not_end_before_it_has_written_what_it_takes_over(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, database_url: str
+) -> None:
+    """Somebody has the row of a dead worker's task locked."""
+    ran = []
+
+    @bq.processor()
+    def left() -> None:
+        ran.append("left")
+
+    worker_id = add_worker(app, bq, "NO_HEARTBEAT")
+    with app.app_context():
+        db.session.add(held(bq, worker_id, module=left.module, name="left"))
+        db.session.commit()
+        with contextlib.closing(connect_by_itself(database_url)) as other:
+            other.cursor().execute("BEGIN; SELECT FROM bq_tasks FOR UPDATE")
+            release = threading.Timer(1.0, other.cursor().execute, ["ROLLBACK"])
+            release.start()
+            bq.process_tasks(["default"], app=app, burst=True)
+            release.join()
+    assert ran == ["left"]
 
 
 def test_a_worker_takes_over_as_soon_as_its_heartbeat_has_declared_others_dead(

@@ -1035,6 +1035,29 @@ def test_what_ends_while_a_trigger_forbids_all_that_is_written_is_written_afterw
     assert query(database_url, "SELECT claims, attempts FROM bq_tasks") == [(1, 1)]
 
 
+def test_what_ends_while_a_trigger_forbids_claims_is_written(
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    note: Any,
+    busy_worker: Callable[[int], Any],
+    gate: threading.Event,
+    database_url: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As an app may drain its queue."""
+    on, body = "BEFORE UPDATE OF started_at ON bq_tasks", "RAISE EXCEPTION 'no new tasks'"
+    with busy_worker(2):
+        query(database_url, trigger("refuse", on, body, each="STATEMENT"))
+        note.enqueue(number=2)
+        db.session.commit()
+        wait_until(lambda: "is tried again: no new tasks" in caplog.text)
+        gate.set()
+        done = "SELECT func_name FROM bq_tasks WHERE state = 'DONE'"
+        wait_until(lambda: query(database_url, done) == [("long",)])
+        query(database_url, "DROP TRIGGER refuse ON bq_tasks")
+        wait_until(lambda: len(query(database_url, done)) == 2)
+
+
 @pytest.mark.parametrize("change", ["priority = 7", "channel = 'other'"])
 def test_a_trigger_that_changes_where_a_task_belongs_disturbs_no_worker(
     app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log, database_url: str, change: str
