@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from .claim import Claim
-from .errors import may_be_of_values, reason
+from .errors import is_misfit, is_refusal, may_be_of_values, reason
 from .log import log
 from .marks import Look, Marks
 from .queries import Unchanged
@@ -132,9 +132,9 @@ class Claimer:
         try:
             return with_or_without_arguments(functools.partial(claim, *args, **kwargs)), None
         except sa.exc.DBAPIError as error:
-            if not self._queue.queries.check_refusal(connection, error):
+            if not is_refusal(error):
                 raise
-            if time.monotonic() >= self._next_check:
+            if is_misfit(error) or time.monotonic() >= self._next_check:
                 self._queue.queries.check_tables(connection)
                 self._next_check = time.monotonic() + CHECK_AFTER
             return None, error

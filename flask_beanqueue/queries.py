@@ -12,7 +12,6 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import Connection
 
 from .claim import Claim
-from .errors import is_misfit, is_refusal
 from .listen import notifies, notify_name
 from .marks import Front, Level, Look
 from .models import Models
@@ -457,7 +456,7 @@ class Queries:
             self._claim[alone is not None, arguments],
             {"worker_id": worker_id, "alone": alone, **wanted},
         )
-        claims = [Claim(*row) for row in rows.all()] if alone is None else claimed_alone(rows)
+        claims = [claim_of(row) for row in rows.all()]
         claims.sort(key=lambda claim: (claim.priority, claim.scheduled_at, claim.key))
         return claims
 
@@ -480,11 +479,11 @@ class Queries:
         :raises Unchanged: if that stays as it is.
         """
         wanted = suspects(channels, refused, given_up)
-        rows = connection.execute(
+        row = connection.execute(
             self._claim_suspect[alone is not None, arguments],
             {"worker_id": worker_id, "alone": alone, **wanted},
-        )
-        return next(iter(claimed_alone(rows)), None)
+        ).first()
+        return None if row is None else claim_of(row)
 
     def next(
         self, connection: Connection, levels: t.Sequence[Level], refused: t.Collection[str]
@@ -645,15 +644,6 @@ class Queries:
         self.finish(connection, [])
         self.settle(connection, [])
 
-    def check_refusal(self, connection: Connection, error: sa.exc.DBAPIError) -> bool:
-        """See whether the database refuses what a statement was given, and return that.
-
-        :raises sqlalchemy.exc.DBAPIError: if it would refuse any: the tables do not fit, say.
-        """
-        if is_misfit(error):
-            self.check_tables(connection)
-        return is_refusal(error)
-
     def add_worker(
         self, connection: Connection, worker_id: uuid.UUID, name: str, channels: t.Sequence[str]
     ) -> None:
@@ -706,17 +696,14 @@ class Queries:
         return [Claim(*row) for row in connection.execute(self._mine, {"worker_id": worker_id})]
 
 
-def claimed_alone(rows: t.Iterable[t.Any]) -> list[Claim]:
-    """One claim or none.
+def claim_of(row: t.Any) -> Claim:
+    """What a claim returned.
 
-    :raises Unchanged: if the row was there and is not claimed.
+    :raises Unchanged: if a task that was to be claimed alone was there and is not claimed.
     """
-    claims = []
-    for row in rows:
-        if row[0] is None:
-            raise Unchanged
-        claims.append(Claim(*row))
-    return claims
+    if row[0] is None:
+        raise Unchanged
+    return Claim(*row)
 
 
 def quote(table: sa.Table) -> str:

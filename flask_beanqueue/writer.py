@@ -15,7 +15,7 @@ from sqlalchemy.engine import Connection
 from . import outcome as outcomes
 from . import signals
 from .claim import Claim
-from .errors import is_misfit, is_timeout, reason
+from .errors import is_refusal, is_timeout, reason
 from .log import log
 from .models import PENDING, PROCESSING
 from .outcome import Outcome
@@ -190,13 +190,12 @@ class Writer:
                     self._write_halves(connection, part)
                 else:
                     self._stall(part[0], error)
-            elif self._queue.queries.check_refusal(connection, error):
+            elif is_refusal(error):
                 if len(part) > 1:
                     self._write_halves(connection, part)
                 else:
-                    if not is_misfit(error):  # for which that has just been seen
-                        # What would refuse any outcome is no fault of this one.
-                        self._queue.queries.check_outcomes(connection)
+                    # What would refuse any outcome is no fault of this one.
+                    self._queue.queries.check_outcomes(connection)
                     self._fall_back(part[0], error)
             else:
                 raise
