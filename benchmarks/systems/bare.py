@@ -143,7 +143,7 @@ def finish_of(rows: list[tuple[Any, ...]]) -> dict[str, Any]:
 
 def batches(limit: int, *, front: bool) -> None:
     cursor = connect().cursor()
-    claim = FRONT if front else compiled(bench.bq.queries._claim)
+    claim = FRONT if front else compiled(bench.bq.queries._claim[False, True])
     finish = compiled(bench.bq.queries._finish)
     level = Level("bench", 0)
     worker_id = add_worker(cursor)
@@ -170,7 +170,7 @@ def claims() -> list[Claim]:
     bq.queries.add_worker(connection, worker_id, "session loop", ["bench"])
     while batch := bq.queries.claim(connection, worker_id, [level], 500):
         claims += batch
-        level.mark = batch[-1].scheduled_at, batch[-1].id
+        level.mark = batch[-1].scheduled_at, batch[-1].key
     db.session.commit()
     return claims
 
@@ -240,7 +240,7 @@ def listen(limit: int) -> None:
     connection = connect()
     cursor = connection.cursor()
     cursor.execute("LISTEN bench")
-    claim = compiled(bench.bq.queries._claim)
+    claim = compiled(bench.bq.queries._claim[False, True])
     level = Level("bench", 0)
     worker_id = add_worker(cursor)
     while not stopping.is_set():
