@@ -19,13 +19,13 @@ db = SQLAlchemy()
 bq = BeanQueue(db=db)
 
 
-class Row(db.Model):  # type: ignore[name-defined, misc]
+class Row(db.Model):  # type: ignore[name-defined]
     __tablename__ = "bench_rows"
     id = sa.Column(sa.Integer, primary_key=True)
     number = sa.Column(sa.Integer, nullable=False)
 
 
-class Note(db.Model):  # type: ignore[name-defined, misc]
+class Note(db.Model):  # type: ignore[name-defined]
     """What an app might write in place of a task."""
 
     __tablename__ = "bench_notes"

@@ -22,7 +22,7 @@ POOL = 40
 db = SQLAlchemy()
 
 
-class Row(db.Model):  # type: ignore[name-defined, misc]
+class Row(db.Model):  # type: ignore[name-defined]
     __tablename__ = "bench_rows"
     id = sa.Column(sa.Integer, primary_key=True)
     number = sa.Column(sa.Integer, nullable=False)

@@ -139,6 +139,10 @@ def default_output(sizes: Sizes) -> Path:
     return RESULTS / f"{time.strftime('%Y-%m-%d-%H%M')}-{kind}.json"
 
 
+def label(step: Step | None) -> str:
+    return str(step or "")
+
+
 def measure(plan: Sequence[tuple[int, Step]], sizes: Sizes, output: Path) -> int:
     """Measure step by step; what fails is noted, and the rest goes on. When it takes longer than it
     may, rounds after the first are left out."""
@@ -149,7 +153,7 @@ def measure(plan: Sequence[tuple[int, Step]], sizes: Sizes, output: Path) -> int
     with click.progressbar(
         length=int(seconds),
         label="Measuring",
-        item_show_func=lambda step: str(step or ""),
+        item_show_func=label,
         file=sys.stderr,
     ) as bar:
         for (_, turn), group in itertools.groupby(plan, lambda each: (each[1].measure, each[0])):

@@ -30,14 +30,14 @@ _SIZE = _WORD * (_TIMES_AT + TIMES)
 class Sum(NamedTuple):
     """What all tasks have told."""
 
-    count: int
+    done: int
     first: float
     last: float
 
     @property
     def rate(self) -> float:
         """Tasks a second, from the first one to the last, or to the end of the time."""
-        return (self.count - 1) / (self.last - self.first) if self.count > 1 else 0.0
+        return (self.done - 1) / (self.last - self.first) if self.done > 1 else 0.0
 
 
 class Tally:

@@ -74,11 +74,11 @@ class Worker:
             nonlocal told
             told = tally().sum()
             glance(told)
-            late = told.count > 0 and time.monotonic() - told.first > seconds
-            return told.count >= number or late
+            late = told.done > 0 and time.monotonic() - told.first > seconds
+            return told.done >= number or late
 
-        if not self.wait(lambda: over() or told.count > 0):
+        if not self.wait(lambda: over() or told.done > 0):
             raise RuntimeError(f"The worker began nothing within {START:g} s.")
-        if self.wait(over, seconds + START) and told.count >= number:
+        if self.wait(over, seconds + START) and told.done >= number:
             return told
         return told._replace(last=time.monotonic())  # also who stands still takes that time

@@ -152,5 +152,5 @@ def test_who_stands_still_is_charged_for_it(
     tally.tick(2)
     with Worker(subprocess.Popen(["sleep", "60"])) as worker:
         told = worker.work(3, 0.5)
-    assert told.count == 2
+    assert told.done == 2
     assert 0 < told.rate <= 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from ..sizes import Sizes
 from ..step import Figures, Step
@@ -35,7 +36,7 @@ def channels(system: FlaskBeanQueue, number: int, channels: int, workers: int) -
         system.insert("nothing", number, channel=f"'bench' || n % {channels}")
         execute(f"SELECT pg_notify('bench' || n, '') FROM generate_series(0, {channels - 1}) AS n")
         told = worker.work(number, 60.0)
-    return {"rate": told.rate, "done": told.count}
+    return {"rate": told.rate, "done": told.done}
 
 
 def priorities(system: FlaskBeanQueue, number: int, priorities: int) -> Figures:
@@ -46,7 +47,7 @@ def priorities(system: FlaskBeanQueue, number: int, priorities: int) -> Figures:
     tally().clear()
     with Worker(system.start()) as worker:
         told = worker.work(number, 60.0)
-    return {"rate": told.rate, "done": told.count}
+    return {"rate": told.rate, "done": told.done}
 
 
 def steps(sizes: Sizes, peers: Sequence[System]) -> Iterator[Step]:
@@ -56,7 +57,7 @@ def steps(sizes: Sizes, peers: Sequence[System]) -> Iterator[Step]:
             "channels",
             f"channels {number}, workers {sizes.workers}",
             str(system),
-            lambda number=number: channels(system, sizes.shared, number, sizes.workers),
+            partial(channels, system, sizes.shared, number, sizes.workers),
             0.2 * sizes.workers + sizes.shared / 25_000 + 2,
             rounds=2,
         )
@@ -65,7 +66,7 @@ def steps(sizes: Sizes, peers: Sequence[System]) -> Iterator[Step]:
             "channels",
             f"priorities {number}",
             str(system),
-            lambda number=number: priorities(system, sizes.shared, number),
+            partial(priorities, system, sizes.shared, number),
             sizes.shared / 25_000 + 1,
             rounds=2,
         )

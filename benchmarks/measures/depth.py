@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from ..sizes import Sizes
 from ..step import Figures, Step
@@ -64,7 +65,7 @@ def steps(sizes: Sizes, peers: Sequence[System]) -> Iterator[Step]:
             "depth",
             f"{what} {number:,}",
             str(system),
-            lambda options=options: depth(system, sizes.depth, sizes.repeats, **options),
+            partial(depth, system, sizes.depth, sizes.repeats, **options),
             sum(options.values()) / 180_000 + (0.7 + sizes.depth / 25_000) * sizes.repeats,
             rounds=1 if what == "done" else 2,
         )

@@ -7,6 +7,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import psutil
@@ -79,7 +80,7 @@ def notifies(cursor: Any, number: int, seconds: float) -> Figures:
         rates: tuple[list[float], list[float]] = ([], [])
         for _ in range(max(round(seconds / TURN), 1)):
             for each, found in zip((cursor, other), rates, strict=True):
-                found.append(rate(lambda each=each: each.execute(NOTIFY), TURN))
+                found.append(rate(partial(each.execute, NOTIFY), TURN))
         workers, bare = map(statistics.mean, rates)
         return {"notify": workers, "notify_bare": bare, "notify_rates": rates}
 

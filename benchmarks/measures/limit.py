@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def steps(sizes: Sizes, peers: Sequence[System]) -> Iterator[Step]:
         yield step(
             f"commits, clients {clients}",
             "pgbench",
-            lambda clients=clients: commits(clients, sizes.bare),
+            partial(commits, clients, sizes.bare),
         )
     yield step("rows", "psycopg2", lambda: inserts(INSERT, sizes.bare))
     yield step("tasks", "psycopg2", lambda: inserts(TASK, sizes.bare))

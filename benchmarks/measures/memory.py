@@ -33,18 +33,18 @@ def memory(system: FlaskBeanQueue, number: int, seconds: float) -> Figures:
         process = psutil.Process(worker.processes[0].pid)
 
         def glance(told: Sum) -> None:
-            if told.count and (not points or told.count >= points[-1][0] + number / POINTS):
-                points.append((told.count, process.memory_info().rss))
+            if told.done and (not points or told.done >= points[-1][0] + number / POINTS):
+                points.append((told.done, process.memory_info().rss))
 
         told = worker.work(number, seconds, glance)
-        points.append((told.count, process.memory_info().rss))
-    warm = next(rss for count, rss in points if count >= WARM * told.count)
+        points.append((told.done, process.memory_info().rss))
+    warm = next(rss for count, rss in points if count >= WARM * told.done)
     return {
         "start": points[0][1],
         "warm": warm,
         "end": points[-1][1],
         "growth": points[-1][1] / warm - 1,
-        "done": told.count,
+        "done": told.done,
         "rate": told.rate,
         "points": points,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from ..sizes import Sizes
 from ..step import Step
@@ -18,7 +19,7 @@ def steps(sizes: Sizes, peers: Sequence[System]) -> Iterator[Step]:
             "processes",
             "wait",
             str(system),
-            lambda system=system: throughput(system, "wait", sizes.wait, 2 * sizes.box),
+            partial(throughput, system, "wait", sizes.wait, 2 * sizes.box),
             sizes.box + 1,
             rounds=2,
         )

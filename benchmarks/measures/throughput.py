@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import click
@@ -49,10 +50,10 @@ def throughput(system: System, kind: str, number: int, seconds: float) -> Figure
     with Worker(*system.start_all()) as worker:
         told = worker.work(number, seconds)
     # What it had begun, it has ended: nothing else would be a fair count.
-    left, began = system.left(), tally().sum().count
+    left, began = system.left(), tally().sum().done
     if left is not None and left + began != number:
         click.echo(f"{system}: {number} tasks, {began} begun, {left} left", err=True)
-    return {"rate": told.rate, "done": told.count, "waiting": number}
+    return {"rate": told.rate, "done": told.done, "waiting": number}
 
 
 class Contest:
@@ -139,7 +140,7 @@ def steps(sizes: Sizes, peers: Sequence[System]) -> Iterator[Step]:
             yield step(
                 kind,
                 system,
-                lambda system=system, kind=kind: throughput(system, kind, numbers[kind], sizes.box),
+                partial(throughput, system, kind, numbers[kind], sizes.box),
                 seconds=min(sizes.box, numbers[kind] / EXPECTED[kind]) + 1.2,
                 rounds=1 if system in BESIDE else 99,
             )
@@ -149,9 +150,9 @@ def steps(sizes: Sizes, peers: Sequence[System]) -> Iterator[Step]:
             yield step(
                 kind,
                 system,
-                lambda system=system, contest=contest: contest.measure(system),
+                partial(contest.measure, system),
                 seconds=box + BESIDES[kind],
                 rounds=2,
-                worth=lambda turn, system=system, contest=contest: contest.takes_part(system, turn),
+                worth=partial(contest.takes_part, system),
                 odds=(some / settings, NEAR / settings),
             )

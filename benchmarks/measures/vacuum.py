@@ -57,20 +57,20 @@ def held(system: System, number: int, seconds: float, commits: int, box: float) 
         points: list[tuple[float, int]] = []
 
         def glance(told: Sum) -> None:
-            if told.count and (not points or told.last >= told.first + points[-1][0] + POINT):
-                points.append((told.last - told.first, told.count))
+            if told.done and (not points or told.last >= told.first + points[-1][0] + POINT):
+                points.append((told.last - told.first, told.done))
 
         with Worker(system.start()) as worker:
             told = worker.work(number, seconds, glance)
-            points.append((told.last - told.first, told.count))
+            points.append((told.last - told.first, told.done))
             figures |= {
                 "rate": told.rate,
                 "points": points,
                 "beginning": rate_within(points, *BEGINNING, told.rate),
                 "end": rate_within(points, *END, told.rate),
-                "done": told.count,
+                "done": told.done,
             }
-            if told.count >= number and not bare:
+            if told.done >= number and not bare:
                 numbers = range(commits + 1, 2 * commits + 1)
                 figures["wakeup_after"] = median(timed(system, worker, numbers, None, box))
         [(dead,)] = execute("SELECT sum(n_dead_tup) FROM pg_stat_user_tables")
@@ -79,7 +79,7 @@ def held(system: System, number: int, seconds: float, commits: int, box: float) 
 
 
 def median(wakeups: Figures) -> float:
-    return float(wakeups.get("commit_p50", wakeups["p50"]))
+    return float(wakeups["commit_p50"] if "commit_p50" in wakeups else wakeups["p50"])
 
 
 def rate_within(points: Sequence[tuple[float, int]], low: float, high: float, rate: float) -> float:

@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from ..sizes import Sizes
 from ..step import Figures, Step
@@ -96,9 +97,7 @@ def steps(sizes: Sizes, peers: Sequence[System]) -> Iterator[Step]:
                 "wakeup",
                 case,
                 str(system),
-                lambda system=system, number=number, rate=rate: wakeup(
-                    system, number, rate, 2 * sizes.box
-                ),
+                partial(wakeup, system, number, rate, 2 * sizes.box),
                 number * (REST + 0.01 if rate is None else 1 / rate) + 2,
                 rounds=1 if system in peers else 2,
             )

@@ -221,7 +221,7 @@ def statements(threads: int) -> None:
         cursor = connection.cursor()
 
         def perform(claim: Claim) -> None:
-            number = json.loads(claim.arguments)["number"]
+            number = claim.kwargs["number"]
             cursor.execute("INSERT INTO bench_rows (number) VALUES (%s)", (number,))
             parameters = {"ctid": claim.ctid, "id": claim.key, "claims": claim.claims}
             cursor.execute(finish, {**parameters, "result": None})

@@ -22,11 +22,11 @@ bq = BeanQueue(db=db)
 POSTED = 4
 
 
-class Sale(db.Model):  # type: ignore[name-defined, misc]
+class Sale(db.Model):  # type: ignore[name-defined]
     number = sa.Column(sa.Integer, primary_key=True)
 
 
-class Shipment(db.Model):  # type: ignore[name-defined, misc]
+class Shipment(db.Model):  # type: ignore[name-defined]
     id = sa.Column(sa.Integer, primary_key=True)
     number = sa.Column(sa.Integer, nullable=False)
     at = sa.Column(

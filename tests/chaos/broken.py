@@ -37,7 +37,7 @@ def without_plain() -> None:
     def forget_plain(queries: Any, connection: Any, part: Any, **options: Any) -> Any:
         return part if part[0].is_plain else write(queries, connection, part, **options)
 
-    outcomes.write = forget_plain
+    outcomes.write = forget_plain  # type: ignore[assignment]
 
 
 SAFEGUARDS = {"fence": without_fence, "rescue": without_rescue, "plain": without_plain}

@@ -30,7 +30,7 @@ class Ours:
             session = shop.db.session
             session.execute(sa.insert(shop.Sale), [{"number": number} for number in numbers])
             for processor in (shop.ship, shop.send):
-                mine = [each for each in numbers if shop.processor(each) == processor.__name__]
+                mine = [each for each in numbers if shop.processor(each) == processor.func_name]
                 if len(mine) == 1:
                     processor.enqueue(number=mine[0])
                 elif mine:
