@@ -67,6 +67,7 @@ class Claimer:
 
         :raises sqlalchemy.exc.DBAPIError: if no task can be claimed.
         """
+        start = time.monotonic()
         queries, levels, refused = self._queue.queries, self._marks.turn(), self._refused.keys()
         claim = functools.partial(queries.claim, connection, worker_id, levels)
         claims, error = self._try(connection, claim, limit, refused)
@@ -84,10 +85,11 @@ class Claimer:
         claims, error = self._try(connection, claim, 1, alone=front.id)
         if error is None:
             return claims  # it was another one; or another worker has it now
+        self._most = 1
         self._marks.next_turn()
         if self._refused.has_room(front.id):
             self._refused.add(front.id, error)
-        elif (until := self._marks.step_over(front)) is not None:
+        elif (until := self._marks.step_over(front, time.monotonic() - start)) is not None:
             log.error(
                 "Too many tasks of channel %r cannot be claimed; what comes before them waits for"
                 " %.0f s or more: %s",
@@ -134,8 +136,9 @@ class Claimer:
         except sa.exc.DBAPIError as error:
             if not is_refusal(error):
                 raise
-            if is_misfit(error) or time.monotonic() >= self._next_check:
-                self._queue.queries.check_tables(connection)
+            if time.monotonic() >= self._next_check:
+                queries = self._queue.queries
+                (queries.check_tables if is_misfit(error) else queries.check_claims)(connection)
                 self._next_check = time.monotonic() + CHECK_AFTER
             return None, error
         except Unchanged as unchanged:

@@ -39,7 +39,7 @@ def sqlstate(error: sa.exc.DBAPIError) -> str:
 
 def is_refusal(error: sa.exc.DBAPIError) -> bool:
     """Whether the database refuses what it was given, and may do so again: whatever is no passing
-    trouble, for a trigger raises any code it likes. What has none is the driver's own."""
+    trouble, by its code. What has none is the driver's own."""
     code = sqlstate(error)
     return bool(code) and not error.connection_invalidated and not code.startswith(PASSING)
 

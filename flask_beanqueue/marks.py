@@ -31,11 +31,10 @@ IN_VAIN = 8
 #: into.
 FRUITLESS = 2
 #: Seconds for which what comes before the last of too many tasks that cannot be claimed is not
-#: looked for, at least; and how much longer than it took to pass them over.
-PASSED_OVER = 60.0
-PASSED_SHARE = 20
-#: And for how long at most, from the first of them.
-PASSED_LONGEST = 600.0
+#: looked for, from the first of them on: at least so many, and so many times as long as it takes to
+#: pass them over; at most so many, but so many times as long in any case.
+PASSED_OVER, PASSED_SHARE = 60.0, 20
+PASSED_LONGEST, PASSED_LEAST_SHARE = 600.0, 3
 #: Levels that are kept in mind although nothing waits there.
 MANY_LEVELS = 100
 
@@ -53,9 +52,11 @@ class Level:
     #: although claims got nothing of what they went back for.
     passed: tuple[float, str] | None = None
     fruitless: int = 0
-    #: How far tasks have been passed over, since when, and until when that holds.
+    #: How far tasks have been passed over, since when, and how long that took; and until when it
+    #: holds.
     over: tuple[float, str] = (FRONT, NIL)
     over_since: float = FRONT
+    over_took: float = 0.0
     over_until: float = FRONT
 
     @property
@@ -72,15 +73,19 @@ class Level:
         self.fruitless += 1
         self.mark = (front.at - MICROSECOND if front.at > EXACT_SINCE else FRONT, NIL)
 
-    def step_over(self, front: Front, now: float) -> None:
+    def step_over(self, front: Front, now: float, took: float) -> None:
         """Go on behind a task that cannot be claimed, and let it be for a while."""
         if now >= self.over_until:
-            self.over, self.over_since = (FRONT, NIL), now
+            self.over, self.over_since, self.over_took = (FRONT, NIL), now, 0.0
+        self.over_took += took
         self.mark = front.at if front.at > EXACT_SINCE else front.at + 1e-3, front.id
         self.over = max(self.over, self.mark)
-        until = now + max(PASSED_OVER, PASSED_SHARE * (now - self.over_since))
-        # New ones may come for ever; what is before them must not wait as long.
-        self.over_until = min(until, self.over_since + PASSED_LONGEST)
+        # Not from the last one on: new ones may come for ever, and what is before them waits.
+        self.over_until = self.over_since + max(
+            PASSED_OVER,
+            min(PASSED_SHARE * self.over_took, PASSED_LONGEST),
+            PASSED_LEAST_SHARE * self.over_took,
+        )
 
     def is_over(self, front: Front, now: float) -> bool:
         """Whether a task has been passed over a while ago."""
@@ -166,16 +171,17 @@ class Marks:
         """Let the next channel come first."""
         self._turns += 1
 
-    def step_over(self, front: Front) -> float | None:
+    def step_over(self, front: Front, took: float) -> float | None:
         """Move a mark behind a task that cannot be claimed. Looks find it, and what else comes
         before the mark, again after a while.
 
+        :param took: seconds that were spent on it.
         :return: until when, if it is the first such task for a while.
         """
         level = self._levels[front.channel, front.priority]
         now = time.monotonic()
         first = now >= level.over_until
-        level.step_over(front, now)
+        level.step_over(front, now, took)
         return level.over_until if first else None
 
     @property

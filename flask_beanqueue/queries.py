@@ -14,7 +14,7 @@ from sqlalchemy.engine import Connection
 from .claim import Claim
 from .listen import notifies, notify_name
 from .marks import Front, Level, Look
-from .models import Models
+from .models import PROCESSING, Models
 
 # The NOTIFY of a flush, as the driver takes it: to compile it, or to find what was compiled, takes
 # SQLAlchemy as long as the server takes for the whole.
@@ -76,20 +76,25 @@ class Queries:
         # NO KEY: rows that an open transaction refers to by foreign key are not skipped. The rows
         # are found again by ctid, which costs no index. Tasks that were in a crash are left out,
         # see claim_suspect. A row that was touched between the two parts comes back as nothing,
-        # so zero rows do not prove an empty queue.
+        # so zero rows do not prove an empty queue; and one that comes back PENDING has been kept so
+        # by a trigger of the app's.
         update = """
             UPDATE {tasks} SET state = 'PROCESSING', worker_id = :worker_id,
                 claims = claims % {most} + 1, parked = false, started_at = now()
         """
-        claim = update + "WHERE ctid = ANY (ARRAY(SELECT picked.ctid {due}))"
+        claim = (
+            update + "WHERE ctid = ANY (ARRAY(SELECT picked.ctid {due})) RETURNING {claim}, state"
+        )
         # One task alone, which tells whether it is the one that cannot be claimed: no row comes
-        # back if somebody else has it, and one of NULLs if it was here and stays as it is.
+        # back if somebody else has it or has touched it, and one of NULLs if it stays as it is.
         alone = f"""
             WITH picked AS MATERIALIZED (SELECT picked.ctid {{found}}),
             claimed AS (
-                {update} WHERE ctid = ANY (ARRAY(SELECT ctid FROM picked)) RETURNING {{claim}}
+                {update} WHERE ctid = ANY (ARRAY(SELECT ctid FROM picked))
+                RETURNING {{claim}}, state
             )
-            SELECT claimed.* FROM picked LEFT JOIN claimed ON true
+            SELECT claimed.* FROM {{tasks}} AS t LEFT JOIN claimed ON true
+            WHERE t.ctid = ANY (ARRAY(SELECT ctid FROM picked))
         """
         due = """
             FROM unnest(
@@ -142,7 +147,7 @@ class Queries:
 
         # A task that was in a crash is claimed and run alone. One worker at a time is so occupied
         # in a channel, however many tasks a crash left, so that the rest goes on meanwhile.
-        claim_suspect = update + "WHERE ctid = ANY (ARRAY(SELECT picked.ctid {suspect}))"
+        claim_suspect = claim.replace("{due}", "{suspect}")
         suspect = """
             FROM {free} CROSS JOIN LATERAL (
                 SELECT t.ctid, t.id FROM {suspects}
@@ -456,7 +461,7 @@ class Queries:
             self._claim[alone is not None, arguments],
             {"worker_id": worker_id, "alone": alone, **wanted},
         )
-        claims = [claim_of(row) for row in rows.all()]
+        claims = claimed(rows.all(), alone)
         claims.sort(key=lambda claim: (claim.priority, claim.scheduled_at, claim.key))
         return claims
 
@@ -479,11 +484,11 @@ class Queries:
         :raises Unchanged: if that stays as it is.
         """
         wanted = suspects(channels, refused, given_up)
-        row = connection.execute(
+        rows = connection.execute(
             self._claim_suspect[alone is not None, arguments],
             {"worker_id": worker_id, "alone": alone, **wanted},
-        ).first()
-        return None if row is None else claim_of(row)
+        )
+        return next(iter(claimed(rows.all(), alone)), None)
 
     def next(
         self, connection: Connection, levels: t.Sequence[Level], refused: t.Collection[str]
@@ -633,16 +638,27 @@ class Queries:
             nothing = sa.select(table.c.id).where(sa.false())
             connection.execute(sa.insert(table).from_select(["id"], nothing))
         # And what is done all the time: it names the columns, and triggers may be in its way.
-        self.claim(connection, uuid.UUID(int=0), [], 0)
-        self.check_outcomes(connection)
+        self.check_claims(connection)
+        for plain in (True, False):
+            self.check_outcomes(connection, plain=plain)
 
-    def check_outcomes(self, connection: Connection) -> None:
-        """See whether outcomes can be written, whichever they are; write none.
+    def check_claims(self, connection: Connection) -> None:
+        """See whether tasks can be claimed, whichever they are; claim none.
 
         :raises sqlalchemy.exc.DBAPIError: if not.
         """
-        self.finish(connection, [])
-        self.settle(connection, [])
+        self.claim(connection, uuid.UUID(int=0), [], 0)
+
+    def check_outcomes(self, connection: Connection, *, plain: bool) -> None:
+        """See whether outcomes can be written, whichever they are; write none.
+
+        :param plain: whether those of tasks that succeeded and wrote nothing, or all others.
+        :raises sqlalchemy.exc.DBAPIError: if not.
+        """
+        if plain:
+            self.finish(connection, [])
+        else:
+            self.settle(connection, [])
 
     def add_worker(
         self, connection: Connection, worker_id: uuid.UUID, name: str, channels: t.Sequence[str]
@@ -696,14 +712,15 @@ class Queries:
         return [Claim(*row) for row in connection.execute(self._mine, {"worker_id": worker_id})]
 
 
-def claim_of(row: t.Any) -> Claim:
+def claimed(rows: t.Sequence[t.Any], alone: str | None) -> list[Claim]:
     """What a claim returned.
 
-    :raises Unchanged: if a task that was to be claimed alone was there and is not claimed.
+    :raises Unchanged: if the task that was to be claimed alone was there and is not claimed.
     """
-    if row[0] is None:
+    claims = [Claim(*row[:-1]) for row in rows if row[-1] == PROCESSING]
+    if alone is not None and rows and not claims:
         raise Unchanged
-    return Claim(*row)
+    return claims
 
 
 def quote(table: sa.Table) -> str:

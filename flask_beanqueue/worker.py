@@ -311,9 +311,9 @@ class Worker:
 
     def _is_through(self) -> bool:
         """Whether a burst has done what is due, also what dead workers left behind."""
-        if not self.burst or not self._empty or self._writer.held or self._writer.waits:
+        if not self.burst or not self._empty or self._writer.held:
             return False
-        if self._awaits_burials():
+        if self._awaits_others():
             self._must_ask_again = True
             return False
         if self._must_ask_again:
@@ -325,11 +325,13 @@ class Worker:
             self._take_over()
         return self._empty
 
-    def _awaits_burials(self) -> bool:
-        """Whether a burst that is through waits for the heartbeat to tell who is dead. Where there
-        are none but bursts, nobody else ever does what a dead worker held."""
+    def _awaits_others(self) -> bool:
+        """Whether a burst that is through waits for the heartbeat to tell who is dead, or to write
+        what it has taken over. Where there are none but bursts, nobody else ever does what a dead
+        worker held."""
         now = time.monotonic()
-        if self._heartbeat is None or not self._heartbeat.watches:
+        watches = self._heartbeat is not None and self._heartbeat.watches
+        if not watches and not self._writer.waits:
             return False
         if self._awaits_until is None:
             # That takes a timeout, and longer if the database was out of reach meanwhile.
@@ -399,6 +401,8 @@ class Worker:
         if (wanted := self._claimer.at_once(self._crew.wanted)) > 0:
             start = time.monotonic()
             if (claims := self._claimer.claim(connection, self.id, wanted)) is None:
+                if self._marks.may_look(busy=True):  # what is more urgent does not wait for it
+                    self._look(connection)
                 return
             self._writer.held.update(claims)
             self._crew.add(claims)
@@ -475,7 +479,8 @@ class Worker:
         try:
             self._writer.take_over(self._line.connection, self.config.MAX_CRASHES)
         except TROUBLE:
-            self._take_over_at = time.monotonic() + timeout / 4
+            # Or at once, if the heartbeat has found others meanwhile.
+            self._take_over_at = min(self._take_over_at, time.monotonic() + timeout / 4)
             raise
         self._taken_over = True
 

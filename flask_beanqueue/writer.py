@@ -134,15 +134,21 @@ class Writer:
 
         :param max_crashes: how often that is.
         """
+        found: set[str] = set()
+        unchanged: set[str] = set()
         orphans = None
         while orphans is None or len(orphans) == TAKE_OVER_SIZE:
-            known = {claim.token for claim in self._in_hand} | self.given_up
+            known = {claim.token for claim in self._in_hand} | self.given_up | unchanged
             orphans = self._queue.queries.orphans(connection, TAKE_OVER_SIZE, known)
             for claim, left in orphans:
                 self.add(
                     outcomes.given_back(claim) if left else outcomes.crashed(claim, max_crashes)
                 )
             self.write(connection)
+            # A trigger may keep rows as they are; these would be found for ever.
+            tokens = {claim.token for claim, _ in orphans}
+            unchanged |= found & tokens
+            found |= tokens
 
     def give_back_strays(self, connection: Connection, worker_id: uuid.UUID) -> None:
         """Give back claims that were committed although the answer was lost with a connection."""
@@ -162,14 +168,11 @@ class Writer:
             for outcome in self._unlocked(connection, list(self._locked.values())):
                 self.add(outcome)
         while self._backlog:
-            first = next(iter(self._backlog.values()))
+            waiting = list(self._backlog.values())
+            waiting = [each for each in waiting if each.claim not in self._stalled] or waiting[:1]
             # One kind at a time goes into one statement, of which nothing is left if it fails.
-            same = [
-                each
-                for each in self._backlog.values()
-                if each.is_plain == first.is_plain and each.claim not in self._stalled
-            ]
-            self._write_part(connection, first_part(same, self._batch_size) or [first])
+            plain = [each for each in waiting if each.is_plain]
+            self._write_part(connection, first_part(plain or waiting, self._batch_size))
 
     def _write_part(self, connection: Connection, part: list[Outcome]) -> None:
         """Write outcomes together; where the database refuses one, the others without it."""
@@ -195,7 +198,7 @@ class Writer:
                     self._write_halves(connection, part)
                 else:
                     # What would refuse any outcome is no fault of this one.
-                    self._queue.queries.check_outcomes(connection)
+                    self._queue.queries.check_outcomes(connection, plain=plain)
                     self._fall_back(part[0], error)
             else:
                 raise

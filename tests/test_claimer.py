@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -217,12 +218,13 @@ def test_more_tasks_that_cannot_be_claimed_than_are_left_out_are_passed_over(
     assert claiming.claim()[0] == list(bad)
 
 
+@pytest.mark.parametrize("body", ["RETURN NULL", "RETURN OLD", "NEW.state := OLD.state"])
 def test_tasks_that_a_trigger_leaves_as_they_are_hold_up_no_others(
-    claiming: Claiming, database_url: str, caplog: pytest.LogCaptureFixture
+    claiming: Claiming, database_url: str, caplog: pytest.LogCaptureFixture, body: str
 ) -> None:
     """Nothing is raised then; they just are not claimed."""
     bad = "0", "1", "2", "3", "8"
-    query(database_url, refusal(*bad, body="RETURN NULL"))
+    query(database_url, refusal(*bad, body=body))
     found: list[str] = []
     for _ in range(10):
         claiming.look()
@@ -232,7 +234,75 @@ def test_tasks_that_a_trigger_leaves_as_they_are_hold_up_no_others(
     assert not claiming.look()
 
 
-@pytest.mark.parametrize("body", ["RAISE EXCEPTION 'no'", "RETURN NULL"])
+def test_tasks_that_are_left_as_they_are_are_each_tried_a_few_times(
+    claiming: Claiming, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claimer, "MOST_REFUSED", 2)
+    query(database_url, "CREATE SEQUENCE times")
+    query(database_url, refusal("bad", body="PERFORM nextval('times'); RETURN NULL"))
+    query(database_url, "UPDATE bq_tasks SET func_name = 'bad'")
+    query(database_url, "ALTER SEQUENCE times RESTART")
+    query(
+        database_url,
+        "INSERT INTO bq_tasks (module, func_name) SELECT 'a', 'bad' FROM generate_series(11, 100)",
+    )
+    for _ in range(3):
+        claiming.look()
+        claiming.claim()
+    [(times,)] = query(database_url, "SELECT last_value FROM times")
+    assert times < 6 * 100
+
+
+def test_a_task_that_is_touched_while_it_is_claimed_is_not_taken_for_one_that_cannot_be(
+    claiming: Claiming, bq: BeanQueue, database_url: str
+) -> None:
+    query(database_url, "DELETE FROM bq_tasks WHERE func_name <> '0'")
+    [(key,)] = query(database_url, "SELECT id::text FROM bq_tasks")
+    through = threading.Event()
+
+    def touch() -> None:
+        with contextlib.closing(connect_by_itself(database_url)) as other, other.cursor() as cursor:
+            while not through.is_set():
+                cursor.execute("UPDATE bq_tasks SET kwargs = '{}'")
+
+    threads = [threading.Thread(target=touch) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    levels = claiming.marks.turn()
+    found = []
+    try:
+        for _ in range(300):
+            found += bq.queries.claim(claiming.connection, claiming.worker_id, levels, 1, alone=key)
+            query(database_url, "UPDATE bq_tasks SET state = 'PENDING'")
+    finally:
+        through.set()
+        for thread in threads:
+            thread.join()
+    assert 0 < len(found) < 300, "or there was nothing to be seen"
+
+
+def test_what_does_not_fit_in_one_row_is_not_looked_for_in_the_tables_each_time(
+    claiming: Claiming, bq: BeanQueue, database_url: str, now: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is a handful of statements."""
+    bad = "1", "3", "5", "7"
+    query(database_url, refusal(*bad, body="RAISE EXCEPTION 'no' USING ERRCODE = '42703'"))
+    times = []
+    check = bq.queries.check_tables
+    monkeypatch.setattr(bq.queries, "check_tables", lambda of: [times.append(1), check(of)])
+    assert claiming.claim()[0] == [str(n) for n in range(10) if str(n) not in bad]
+    assert times == [1]
+
+
+def test_a_task_that_cannot_be_claimed_holds_up_no_other_while_outcomes_cannot_be_written(
+    claiming: Claiming, refuse: None, database_url: str
+) -> None:
+    on, body = "BEFORE INSERT ON bq_events", "RAISE EXCEPTION 'full'"
+    query(database_url, trigger("refuse_events", on, body, each="STATEMENT"))
+    assert claiming.claim()[0] == [str(n) for n in range(10) if n != 5]
+
+
+@pytest.mark.parametrize("body", ["RAISE EXCEPTION 'no'", "RETURN NULL", "RETURN OLD"])
 def test_a_task_that_was_in_a_crash_and_cannot_be_claimed_holds_up_no_other_that_was(
     claiming: Claiming, database_url: str, body: str
 ) -> None:

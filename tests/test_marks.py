@@ -17,6 +17,7 @@ from flask_beanqueue.marks import (
     PASSED_OVER,
     PASSED_SHARE,
     Front,
+    Level,
     Look,
     Marks,
 )
@@ -85,17 +86,26 @@ def test_what_was_passed_over_is_left_alone_for_a_while(monkeypatch: pytest.Monk
     monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=lambda: now))
     marks = Marks(["default"])
     first, second = (Front("default", 0, at, str(uuid.UUID(int=9)), -1.0) for at in (1.0, 2.0))
-    assert marks.step_over(first) == now + PASSED_OVER
+    assert marks.step_over(first, 1.0) == now + PASSED_OVER
     now += 10.0
-    assert marks.step_over(second) is None
+    assert marks.step_over(second, 9.0) is None
     [level] = marks.turn()
     assert level.mark == (2.0, second.id)
-    now += 10 * PASSED_SHARE - 1
+    now += 10 * PASSED_SHARE - 11
     assert marks.seen(Look([first], None, False), 0.0)
     assert level.mark == (2.0, second.id)
     now += 1
     marks.seen(Look([first], None, False), 0.0)
     assert (0.9, NIL) < level.mark < (1.0, NIL)
+
+
+def test_passing_over_takes_a_third_of_the_time_at_most() -> None:
+    now = 1000.0
+    level = Level("default", 0)
+    for at in range(1000):
+        now += 1.0
+        level.step_over(Front("default", 0, float(at), NIL, -1.0), now, 1.0)
+    assert level.over_until == 1001.0 + 3000.0
 
 
 def test_claims_move_the_mark_of_their_own_level_only() -> None:
@@ -124,9 +134,9 @@ def test_tasks_that_were_passed_over_earlier_do_not_count_with_those_of_now(
     first, good, last = (
         Front("default", 0, at, str(uuid.UUID(int=9)), -1.0) for at in (1.0, 40.0, 50.0)
     )
-    marks.step_over(last)
+    marks.step_over(last, 0.0)
     now += 3600.0
-    marks.step_over(first)
+    marks.step_over(first, 0.0)
     [level] = marks.turn()
     level.mark = last.at, last.id
     marks.seen(Look([good], None, False), 0.0)

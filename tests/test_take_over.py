@@ -470,6 +470,57 @@ def test_a_burst_does_not_end_before_it_has_written_what_it_takes_over(
     assert ran == ["left"]
 
 
+def test_a_burst_ends_although_what_it_takes_over_can_never_be_written(
+    make_app: MakeApp, db: SQLAlchemy, bq: BeanQueue, on_update: Callable[[str, str], None]
+) -> None:
+    """Or each that a timer starts would stay."""
+    app = make_app(db, bq, BQ_WORKER_HEARTBEAT_PERIOD=0.1, BQ_WORKER_HEARTBEAT_TIMEOUT=0.5)
+    on_update("slow", "RAISE EXCEPTION 'too slow' USING ERRCODE = 'query_canceled'")
+    worker_id = add_worker(app, bq, "NO_HEARTBEAT")
+    with app.app_context():
+        db.session.add(held(bq, worker_id, name="slow"))
+        db.session.commit()
+    worker = bq.worker(["default"], app=app, burst=True)
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    thread.join(20)
+    ended = not thread.is_alive()
+    worker.stop(at_once=True)
+    thread.join()
+    assert ended
+
+
+@pytest.mark.parametrize("body", ["RETURN NULL", "RETURN OLD"])
+def test_rows_that_a_trigger_leaves_as_they_are_are_taken_over_no_more_than_twice(
+    app: Flask,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    take_over: Callable[[], None],
+    on_update: Callable[[str, str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    body: str,
+) -> None:
+    """And do not hide others."""
+    monkeypatch.setattr(writer, "TAKE_OVER_SIZE", 2)
+    on_update("odd", body)
+    with app.app_context():
+        db.session.add_all([held(bq, name=name) for name in ("odd", "odd", "odd", "good")])
+        db.session.commit()
+    rounds = []
+    find = bq.queries.orphans
+
+    def count(*args: Any) -> Any:
+        rounds.append(1)
+        return [] if len(rounds) > 20 else find(*args)
+
+    monkeypatch.setattr(bq.queries, "orphans", count)
+    take_over()
+    assert len(rounds) < 10
+    with app.app_context():
+        good = sa.select(bq.Task.state).where(bq.Task.func_name == "good")
+        assert db.session.scalars(good).one() == "PENDING"
+
+
 def test_a_worker_takes_over_as_soon_as_its_heartbeat_has_declared_others_dead(
     app: Flask, db: SQLAlchemy, bq: BeanQueue, probe: Probe
 ) -> None:

@@ -18,6 +18,7 @@ from flask_sqlalchemy.record_queries import get_recorded_queries
 from flask_beanqueue import BeanQueue
 from flask_beanqueue.claimer import Claimer
 from flask_beanqueue.crew import HORIZON
+from flask_beanqueue.marks import Front, Marks
 from flask_beanqueue.queries import application_name
 from flask_beanqueue.worker import Worker
 from flask_beanqueue.writer import Writer
@@ -1056,6 +1057,77 @@ def test_what_ends_while_a_trigger_forbids_claims_is_written(
         wait_until(lambda: query(database_url, done) == [("long",)])
         query(database_url, "DROP TRIGGER refuse ON bq_tasks")
         wait_until(lambda: len(query(database_url, done)) == 2)
+
+
+def test_what_succeeds_while_events_are_forbidden_is_written(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate = threading.Event()
+
+    @bq.processor()
+    def bad() -> None:
+        gate.wait(20)
+        raise ValueError
+
+    @bq.processor()
+    def good() -> None:
+        gate.wait(20)
+
+    with app.app_context():
+        for processor in (bad, good, good):
+            processor.enqueue()
+        db.session.commit()
+    ended = "SELECT state FROM bq_tasks WHERE func_name = %s AND state <> 'PROCESSING'"
+    with running(app, bq):
+        wait_until(lambda: query(database_url, "SELECT min(claims) FROM bq_tasks") == [(1,)])
+        on, body = "BEFORE INSERT ON bq_events", "RAISE EXCEPTION 'full'"
+        query(database_url, trigger("refuse_events", on, body, each="STATEMENT"))
+        gate.set()
+        wait_until(lambda: "is tried again: full" in caplog.text)
+        wait_until(lambda: query(database_url, ended, "good") == [("DONE",)] * 2)
+        assert not query(database_url, ended, "bad")
+        query(database_url, "DROP TRIGGER refuse_events ON bq_events")
+        wait_until(lambda: query(database_url, ended, "bad") == [("FAILED",)])
+
+
+def test_what_is_urgent_does_not_wait_until_all_that_cannot_be_claimed_is_passed_over(
+    app: Flask,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    database_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("flask_beanqueue.claimer.MOST_REFUSED", 2)
+    passed: list[str] = []
+    before: list[int] = []
+    step_over = Marks.step_over
+
+    def count(self: Marks, front: Front, took: float) -> Any:
+        passed.append(front.id)
+        return step_over(self, front, took)
+
+    monkeypatch.setattr(Marks, "step_over", count)
+
+    @bq.processor()
+    def urgent() -> None:
+        before.append(len(passed))
+
+    condition, body = "NEW.func_name = 'bad'", "RAISE EXCEPTION 'no'"
+    on = "BEFORE UPDATE ON bq_tasks"
+    query(database_url, trigger("refuse", on, body, condition=condition))
+    query(
+        database_url,
+        "INSERT INTO bq_tasks (module, func_name) SELECT 'a', 'bad' FROM generate_series(1, 1000)",
+    )
+    with running(app, bq), app.app_context():
+        wait_until(lambda: len(passed) > 10)
+        urgent.using(priority=-5).enqueue()
+        task = urgent.run()
+        task.crashes = 1
+        db.session.add(task)
+        db.session.commit()
+        wait_until(lambda: len(before) == 2)
+    assert max(before) < 900
 
 
 @pytest.mark.parametrize("change", ["priority = 7", "channel = 'other'"])
