@@ -487,9 +487,10 @@ class Model:
         """Learn that one counts as dead, or let another one that is silent do so."""
         if s.workers[w].state == SHUTDOWN:
             return
-        if s.workers[w].state == NO_HEARTBEAT and not s.workers[w].stopping:
-            s = s.worker(w, stopping=True, looks=False)
-            yield None, s
+        if s.workers[w].state == NO_HEARTBEAT:
+            if not s.workers[w].stopping:
+                yield None, s.worker(w, stopping=True, looks=False)
+            return
         for other, worker in enumerate(s.workers):
             if worker.state == RUNNING and worker.process != ALIVE:
                 yield other, s.worker(other, state=NO_HEARTBEAT)
