@@ -169,7 +169,12 @@ class Refused:
             del self._until[next(iter(self._until))]
         if key not in self._until:
             if len(self._until) < MOST_NAMED:
-                log.error("Task %s cannot be claimed: %s", key, reason(error))
+                log.error(
+                    "Task %s cannot be claimed, and is tried again in %.0f s: %s",
+                    key,
+                    REFUSED_FOR,
+                    reason(error),
+                )
             elif len(self._until) == MOST_NAMED:
                 log.error("More than %d tasks cannot be claimed: %s", MOST_NAMED, reason(error))
         self._until.pop(key, None)

@@ -65,7 +65,7 @@ class Worker:
     :param burst: leave when no task is due.
     :param name: what people see; host and process id, unless said.
     :param source: what tells it of news; a LISTEN connection of its own, unless said.
-    :raises ValueError: if the app's pool has fewer connections than that.
+    :raises ValueError: if the app's pool has fewer connections than that, or but one for all.
     """
 
     def __init__(
@@ -651,9 +651,14 @@ def make_listen_engine(engine: Engine, config: Config) -> Engine:
 def check_pool(engine: sa.Engine, concurrency: int) -> None:
     """Refuse more threads than the app's pool has connections.
 
-    :raises ValueError: naming both numbers.
+    :raises ValueError: naming both numbers; or the kind of pool, if all threads get the same one.
     """
     pool = engine.pool
+    if isinstance(pool, sa.pool.StaticPool):
+        raise ValueError(
+            "The app's pool is a StaticPool, with one connection, and so one transaction, for all"
+            ' that it does. Take "poolclass" out of SQLALCHEMY_ENGINE_OPTIONS.'
+        )
     if not isinstance(pool, sa.pool.QueuePool) or pool._max_overflow < 0:
         return
     most = pool.size() + pool._max_overflow

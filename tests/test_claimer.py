@@ -183,8 +183,8 @@ def test_of_many_tasks_that_cannot_be_claimed_some_are_named(
     query(database_url, refusal("1", "3", "5", "7"))
     assert claiming.claim()[0] == ["0", "2", "4", "6", "8", "9"]
     first, second, rest = (record.getMessage() for record in caplog.records)
-    assert first.endswith(" cannot be claimed: no")
-    assert second.endswith(" cannot be claimed: no")
+    assert first.endswith(" cannot be claimed, and is tried again in 60 s: no")
+    assert second.endswith(": no")
     assert rest == "More than 2 tasks cannot be claimed: no"
     # Later, they are named again.
     now.at = 3 * claimer.REFUSED_FOR

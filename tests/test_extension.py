@@ -387,6 +387,15 @@ def test_as_many_tasks_at_once_as_connections_are_fine(
     bq.process_tasks(["default"], app=app, concurrency=4, burst=True)
 
 
+def test_a_pool_of_one_connection_for_all_threads_is_refused(
+    make_app: MakeApp, db: SQLAlchemy, bq: BeanQueue
+) -> None:
+    """What one of them rolls back, all others lose."""
+    app = make_app(db, bq, SQLALCHEMY_ENGINE_OPTIONS={"poolclass": sa.StaticPool})
+    with pytest.raises(ValueError, match=r"is a StaticPool, .* SQLALCHEMY_ENGINE_OPTIONS"):
+        bq.process_tasks(["default"], app=app)
+
+
 @pytest.mark.parametrize("make", ["worker", "process_tasks"])
 @pytest.mark.parametrize(
     ("options", "error", "message"),
