@@ -86,7 +86,7 @@ class Claimer:
         if error is None:
             return claims  # it was another one; or another worker has it now
         self._most = 1
-        self._marks.next_turn()
+        self._marks.found_out()
         if self._refused.has_room(front.id):
             self._refused.add(front.id, error)
         elif (until := self._marks.step_over(front, time.monotonic() - start)) is not None:

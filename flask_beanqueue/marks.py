@@ -155,7 +155,7 @@ class Marks:
 
         :return: whether there may be more at once, where a mark has returned to.
         """
-        self.next_turn()
+        self._turns += 1
         for claim in claims:
             level = self._levels.get((claim.channel, claim.priority))
             if level is not None:  # or a trigger has changed them
@@ -167,9 +167,11 @@ class Marks:
         returned = [level for level in self._levels.values() if level.return_()]
         return bool(returned)
 
-    def next_turn(self) -> None:
-        """Let the next channel come first."""
+    def found_out(self) -> None:
+        """One of the tasks that cannot be claimed is known now: the next channel has its turn, and
+        the looks so far have not been in vain."""
         self._turns += 1
+        self._fruitless = min(self._fruitless, FRUITLESS)
 
     def step_over(self, front: Front, took: float) -> float | None:
         """Move a mark behind a task that cannot be claimed. Looks find it, and what else comes

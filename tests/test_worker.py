@@ -1130,6 +1130,32 @@ def test_what_is_urgent_does_not_wait_until_all_that_cannot_be_claimed_is_passed
     assert max(before) < 900
 
 
+@pytest.mark.parametrize("body", ["RAISE EXCEPTION 'no'", "RETURN NULL"])
+def test_a_burst_does_not_end_before_all_that_cannot_be_claimed_is_passed_over(
+    app: Flask,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    note: Any,
+    database_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    body: str,
+) -> None:
+    monkeypatch.setattr("flask_beanqueue.claimer.MOST_REFUSED", 2)
+    monkeypatch.setattr("flask_beanqueue.marks.IN_VAIN", 4)
+    monkeypatch.setattr("flask_beanqueue.marks.LOOK_BUSY", 0.05)
+    on, condition = "BEFORE UPDATE ON bq_tasks", "NEW.func_name = 'bad'"
+    query(database_url, trigger("refuse", on, body, condition=condition))
+    query(
+        database_url,
+        "INSERT INTO bq_tasks (module, func_name) SELECT 'a', 'bad' FROM generate_series(1, 400)",
+    )
+    with app.app_context():
+        note.enqueue(number=1)
+        db.session.commit()
+    bq.process_tasks(["default"], app=app, burst=True)
+    assert query(database_url, "SELECT state FROM bq_tasks WHERE func_name <> 'bad'") == [("DONE",)]
+
+
 @pytest.mark.parametrize("change", ["priority = 7", "channel = 'other'"])
 def test_a_trigger_that_changes_where_a_task_belongs_disturbs_no_worker(
     app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, log: Log, database_url: str, change: str
