@@ -425,6 +425,7 @@ class Queries:
     def _returning_claims(self, sql: str, *, arguments: bool = True) -> t.Any:
         """A statement whose rows make up claims.
 
+        :param sql: with ``{claim}`` for their columns.
         :param arguments: whether with the tasks' arguments. PostgreSQL stores some that are too
             long for it as text.
         """
@@ -432,8 +433,6 @@ class Queries:
             channel, module, func_name, {"CAST(kwargs AS text)" if arguments else "NULL"},
             priority, {epoch("scheduled_at")} AS scheduled_at, attempts, crashes, interruptions,
             {epoch("now()")} - {epoch("unknown_since")} AS unknown_for"""
-        if "{claim}" not in sql:
-            sql = f"{sql} RETURNING {{claim}}"
         return sa.text(sql.format(claim=columns, **self._names))
 
     # What the worker asks.
