@@ -125,7 +125,7 @@ class Worker:
         self._taken_over = False
         self._stopping = False
         self._heartbeat: Heartbeat | None = None
-        #: Until when a burst that is through waits for what the heartbeat may find.
+        #: Until when a burst that is through waits for what the heartbeat may find, or for locks.
         self._awaits_until: float | None = None
         self._must_ask_again = False
         self._grace_until = float("inf")
