@@ -370,12 +370,14 @@ class Queries:
 
         # A frozen worker still holds locks on what it flushed; and so may one that has shut down
         # without getting at a locked row, if its process then hangs. The process has given the
-        # name to its connections; PostgreSQL allows ending backends of one's own role.
+        # name to its connections; PostgreSQL allows ending backends of one's own role. The view
+        # shows those of all databases, and a copy of this one holds rows of the same workers.
         self._terminate = self._text("""
             WITH gone AS MATERIALIZED (
                 SELECT backend.pid, w.id, w.state FROM pg_stat_activity AS backend
                 JOIN {workers} AS w ON backend.application_name = :prefix || CAST(w.id AS text)
                 WHERE w.state <> 'RUNNING' AND backend.usename = current_user
+                  AND backend.datname = current_database()
             )
             SELECT pg_terminate_backend(pid, 1000) FROM gone
             WHERE state = 'NO_HEARTBEAT' OR EXISTS (
