@@ -42,8 +42,11 @@ class Queries:
 
     def __init__(self, models: Models) -> None:
         self.models = models
+        # ONLY: rows are found by ctid, which tells them apart within one table. So what lies in
+        # tables that inherit from this one, an archive perhaps, is not the queue's.
         self._names = {
-            "tasks": quote(models.task.__table__),
+            "tasks": f"ONLY {quote(models.task.__table__)}",
+            "task_table": quote(models.task.__table__),
             "workers": quote(models.worker.__table__),
             "events": quote(models.event.__table__),
         }
@@ -311,7 +314,7 @@ class Queries:
         # than a list of a hundred thousand short ones.
         self._insert = self._text(f"""
             WITH made AS (
-                INSERT INTO {{tasks}} (id, channel, module, func_name, kwargs, priority,
+                INSERT INTO {{task_table}} (id, channel, module, func_name, kwargs, priority,
                     scheduled_at{", parent_id" if has_parent else ""})
                 SELECT id, :channel, :module, :func_name, CAST(kwargs AS jsonb), :priority,
                     COALESCE(CAST(:scheduled_at AS timestamptz),

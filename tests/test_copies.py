@@ -68,3 +68,71 @@ def test_a_worker_on_a_copy_of_the_database_ends_no_connections_of_the_original(
     assert "went away" not in original.output
     assert copy.stop() == 0
     assert original.stop() == 0
+
+
+@pytest.fixture
+def archive(app: Flask, database_url: str) -> Callable[[], None]:
+    """Moves all tasks into a table that inherits from theirs, each to its old place there."""
+    query(database_url, "CREATE TABLE bq_tasks_2025 () INHERITS (bq_tasks)")
+
+    def archive() -> None:
+        query(
+            database_url,
+            "WITH moved AS (DELETE FROM ONLY bq_tasks RETURNING *)"
+            " INSERT INTO bq_tasks_2025 SELECT * FROM moved ORDER BY id",
+        )
+        query(database_url, "VACUUM FULL bq_tasks")
+
+    return archive
+
+
+def test_tasks_in_a_table_that_inherits_are_not_done_again(
+    app: Flask,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    work: Callable[..., None],
+    archive: Callable[[], None],
+    database_url: str,
+) -> None:
+    """A ctid tells rows apart within one table only."""
+    ran: list[int] = []
+
+    @bq.processor()
+    def note(number: int) -> None:
+        ran.append(number)
+
+    for lot in (range(5), range(5, 10)):
+        with app.app_context():
+            note.enqueue_many([{"number": number} for number in lot])
+            db.session.commit()
+        if 5 in lot:
+            places = "SELECT array_agg(ctid ORDER BY ctid) FROM bq_tasks GROUP BY tableoid"
+            one, other = query(database_url, places)
+            assert one == other
+        work()
+        if 0 in lot:
+            archive()
+    assert ran == [*range(10)]
+    assert query(database_url, "SELECT DISTINCT claims, attempts FROM bq_tasks") == [(1, 1)]
+
+
+@pytest.mark.parametrize("state", ["PENDING", "PROCESSING"])
+def test_what_waits_in_a_table_that_inherits_is_left_alone(
+    app: Flask,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    work: Callable[..., None],
+    archive: Callable[[], None],
+    state: str,
+) -> None:
+    @bq.processor()
+    def refuse() -> None:
+        raise AssertionError
+
+    with app.app_context():
+        db.session.add(bq.Task(module=refuse.module, func_name="refuse", state=state))
+        db.session.commit()
+    archive()
+    work()
+    task = only_task(app, bq)
+    assert (task.state, task.claims, task.crashes) == (state, 0, 0)
