@@ -97,7 +97,13 @@ def worker_command(
         own = f"{name}-{place.number + 1}" if name and place else name
         try:
             worker = bq.worker(
-                channels, app=app, concurrency=concurrency, burst=burst, name=own, source=source
+                channels,
+                app=app,
+                concurrency=concurrency,
+                burst=burst,
+                name=own,
+                source=source,
+                watched=not reloads,  # who reloads may stand in a debugger
             )
             if place is not None:
                 worker.takes_place(place.worker_id, place.predecessors)

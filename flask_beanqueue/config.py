@@ -79,6 +79,8 @@ class Config:
     WORKER_HEARTBEAT_PERIOD: float = 4.0
     #: Silence after which a worker counts as dead. The same for all workers of a database.
     WORKER_HEARTBEAT_TIMEOUT: float = 20.0
+    #: Whether a worker process ends itself when none of its threads gets a turn for that long.
+    WATCHDOG: bool = True
     #: Time that running tasks have to end after SIGTERM.
     SHUTDOWN_TIMEOUT: float = 25.0
     #: Crashes after which a task is FAILED.

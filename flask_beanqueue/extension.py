@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import threading
 import typing as t
 import uuid
 import weakref
@@ -265,7 +266,11 @@ class BeanQueue(Queue):
         :param name: what the worker is called; host and process id, unless given.
         :raises WorkerDied: if another worker found this one dead, or it has lost a thread.
         """
-        self.worker(channels, app=app, concurrency=concurrency, burst=burst, name=name).run()
+        own_process = not burst and threading.current_thread() is threading.main_thread()
+        worker = self.worker(
+            channels, app=app, concurrency=concurrency, burst=burst, name=name, watched=own_process
+        )
+        worker.run()
 
     def worker(
         self,
@@ -276,10 +281,13 @@ class BeanQueue(Queue):
         burst: bool = False,
         name: str | None = None,
         source: Source | None = None,
+        watched: bool = False,
     ) -> workers.Worker:
         """Make the worker that :meth:`process_tasks` runs, for who needs its ``stop()``.
 
         :param source: what tells it of news; a LISTEN connection of its own, unless given.
+        :param watched: whether the process is the worker's, and ends itself when none of its
+            threads gets a turn (``BQ_WATCHDOG``).
         """
         if app is None:
             if not has_app_context():
@@ -319,6 +327,7 @@ class BeanQueue(Queue):
             burst=burst,
             name=name,
             source=source,
+            watched=watched and config.WATCHDOG,
         )
 
 

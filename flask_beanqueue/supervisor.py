@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ import traceback
 import typing as t
 import uuid
 
+from . import signals
 from .bell import Bell
 from .listen import Source
 from .log import log
@@ -79,6 +81,8 @@ class Supervisor:
         self._dead: dict[int, tuple[uuid.UUID, ...]] = dict.fromkeys(range(processes), ())
         #: By number, while there is to be a process: how many in a row have failed to start there.
         self._failures = dict.fromkeys(range(processes), 0)
+        #: By number, whether its worker has started; shared with the processes.
+        self._started = mmap.mmap(-1, processes)
         self._lifeline = os.pipe()
         self._early = 0
         self._relay = Relay(self._children)
@@ -141,7 +145,7 @@ class Supervisor:
         self._early = self._early + 1 if early else 0
         if not early or code == 0:
             self._failures[number] = 0
-        elif code > 0:  # who is killed may have started well: a task may have done it
+        elif code > 0 and not self._started[number]:  # otherwise, a task may have ended it
             self._failures[number] += 1
         if self._none_can_start():
             log.error("Worker process %d (%d) %s; none can start: giving up", number + 1, pid, how)
@@ -173,6 +177,7 @@ class Supervisor:
             if self._relay.stopping:
                 return
             flush()  # or the child would have it, too
+            self._started[place.number] = False
             try:
                 pid = os.fork()
             except OSError as error:  # there may be processes or memory again
@@ -195,6 +200,9 @@ class Supervisor:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             os.close(self._lifeline[1])
             threading.Thread(target=self._follow, daemon=True).start()
+            signals.worker_started.connect(
+                lambda *_, **__: self._started.__setitem__(place.number, True), weak=False
+            )
             code = self._start(place)
         except BaseException:
             traceback.print_exc()

@@ -37,6 +37,7 @@ from .registry import Registry
 from .shutdown import Summons, heeded
 from .suspect import Suspect
 from .version import __version__
+from .watchdog import Watchdog
 from .writer import Writer
 
 #: Seconds that an outcome waits for others to be written with.
@@ -65,6 +66,7 @@ class Worker:
     :param burst: leave when no task is due.
     :param name: what people see; host and process id, unless said.
     :param source: what tells it of news; a LISTEN connection of its own, unless said.
+    :param watched: whether the process may end by its watchdog, which then is there for it.
     :raises ValueError: if the app's pool has fewer connections than that, or but one for all.
     """
 
@@ -81,6 +83,7 @@ class Worker:
         burst: bool = False,
         name: str | None = None,
         source: Source | None = None,
+        watched: bool = False,
     ) -> None:
         self.app = app
         self.queue = queue
@@ -113,6 +116,7 @@ class Worker:
         self._suspect = Suspect()
         self._source = source or self.listener()
         self._line = Line(engine)
+        self._watchdog = Watchdog(config.WORKER_HEARTBEAT_TIMEOUT) if watched else None
 
         #: There is nothing to claim before this time, unless there is news.
         self._quiet_until = 0.0
@@ -185,6 +189,7 @@ class Worker:
         timeout = self.config.WORKER_HEARTBEAT_TIMEOUT
         with (
             named(engines, application_name(self.id), timeout),
+            self._watchdog or contextlib.nullcontext(),
             self._bell,
             self._signal_handlers(),
             contextlib.closing(self._line),
@@ -457,7 +462,10 @@ class Worker:
         if not self._suspect.waits:
             return
         if self._writer.free == 1:
-            self._crew.add([self._suspect.begins()])
+            suspect = self._suspect.begins()
+            # Should it hang the process, nothing else says which task that was.
+            log.info("%s was in a crash, and runs alone", suspect.label, extra=suspect.log_extra())
+            self._crew.add([suspect])
         elif (claim := self._suspect.gives_way()) is not None:
             self._give_back([claim])
 

@@ -17,6 +17,8 @@ from .probe import Probe
 READY = " known; "
 #: Short, so that the tests need not wait long; and long enough for a machine under load.
 HEARTBEAT = {"BQ_WORKER_HEARTBEAT_PERIOD": 0.2, "BQ_WORKER_HEARTBEAT_TIMEOUT": 1.5}
+#: For a worker that is to go on after it was frozen for longer than that.
+ZOMBIE = HEARTBEAT | {"BQ_WATCHDOG": "false"}
 
 
 class Process:

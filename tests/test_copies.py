@@ -60,7 +60,9 @@ def test_a_worker_on_a_copy_of_the_database_ends_no_connections_of_the_original(
             worker_id,
         )
         copy = processes.worker(APP, **HEARTBEAT, DATABASE_URL=other_database_url)
-        beats = "SELECT max(last_heartbeat) - min(created_at) > '2 s' FROM bq_workers WHERE name ~ '-'"
+        beats = (
+            "SELECT max(last_heartbeat) - min(created_at) > '2 s' FROM bq_workers WHERE name ~ '-'"
+        )
         wait_until(lambda: query(other_database_url, beats) == [(True,)])
         open_gate()
     probe.wait("freeze_flushed DONE")

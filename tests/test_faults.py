@@ -19,7 +19,7 @@ from flask import Flask
 from .apps import faults
 from .apps.faults import effects
 from .probe import Probe, connect, query, wait_until
-from .processes import HEARTBEAT, READY, Process, Processes, done_by_the_next
+from .processes import HEARTBEAT, READY, ZOMBIE, Process, Processes, done_by_the_next
 
 APP = faults.__name__
 
@@ -46,7 +46,7 @@ def rows(url: str, columns: str) -> list[Any]:
 @pytest.fixture
 def start(processes: Processes) -> Callable[[], Process]:
     """Start a worker that soon counts as dead, and soon finds others dead."""
-    return lambda: processes.worker(APP, **HEARTBEAT)
+    return lambda: processes.worker(APP, **ZOMBIE)
 
 
 def pid(url: str) -> int:

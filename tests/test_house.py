@@ -29,7 +29,7 @@ FLOORS = """
     bell listen signals retry
     connection
     log
-    arguments options config claim errors shutdown version
+    arguments options config claim errors shutdown version watchdog
 """
 FLOOR = {
     module: number

@@ -16,7 +16,7 @@ from .apps import faults
 from .apps.faults import effects
 from .pooler import installed, pooler
 from .probe import Probe, query
-from .processes import HEARTBEAT, Process, Processes, done_by_the_next
+from .processes import HEARTBEAT, ZOMBIE, Process, Processes, done_by_the_next
 
 pytestmark = pytest.mark.skipif(
     installed() is None and os.environ.get("REQUIRE_POOLER") != "1",
@@ -59,7 +59,7 @@ def several(processes: int) -> list[str]:
 
 @pytest.fixture
 def start(pooled: Processes) -> Callable[[], Process]:
-    return lambda: pooled.worker(APP, **HEARTBEAT)
+    return lambda: pooled.worker(APP, **ZOMBIE)
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -20,7 +20,7 @@ from . import postgres
 from .apps import rights
 from .conftest import with_driver
 from .probe import Probe, query
-from .processes import HEARTBEAT, Process, Processes, done_by_the_next
+from .processes import ZOMBIE, Process, Processes, done_by_the_next
 
 APP = "tests.apps.rights"
 DOCS = Path(__file__).parent.parent / "docs"
@@ -137,7 +137,7 @@ class Shop:
         )
 
     def worker(self, role: str = "worker") -> Process:
-        return self.processes.worker(APP, DATABASE_URL=self.url_of(role), **HEARTBEAT)
+        return self.processes.worker(APP, DATABASE_URL=self.url_of(role), **ZOMBIE)
 
     def burst(self) -> Process:
         return self.flask("worker", "worker", "--burst")

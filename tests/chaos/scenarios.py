@@ -251,7 +251,7 @@ def freeze_worker(trial: Trial, number: int) -> None:
     worker.thaw()
 
 
-@scenario("a worker frozen and woken, in turn", codes=[1])
+@scenario("a worker frozen and woken, in turn", codes=[1], env={"BQ_WATCHDOG": "false"})
 def freeze_workers(trial: Trial) -> None:
     for each in trial.every(1, 6):
         freeze_worker(trial, each % len(trial.workers))
@@ -298,7 +298,12 @@ def fail_over(trial: Trial) -> None:
     trial.fault(trial.sees(lambda: trial.execute("SELECT") == 1))  # where one can write
 
 
-@scenario("behind PgBouncer: workers killed and frozen, backends killed", pooled, codes=[-9, 1])
+@scenario(
+    "behind PgBouncer: workers killed and frozen, backends killed",
+    pooled,
+    codes=[-9, 1],
+    env={"BQ_WATCHDOG": "false"},
+)
 def trouble_behind_a_pooler(trial: Trial) -> None:
     for each in trial.every(2, 6):
         number = each % len(trial.workers)
