@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import typing as t
+from decimal import Decimal
 
 #: Lists within lists that an argument may hold. Python's own limit depends on the caller: what a
 #: view can encode, a worker may not be able to decode.
 DEEPEST = 100
-#: Characters of JSON: as many as PostgreSQL takes bytes. Of four times as many it does not say that
-#: they are too many, but closes the connection.
-LARGEST = 2**28 - 1
+#: Bytes of JSON, as PostgreSQL gives it back: whoever reads a value must be able to hold it.
+LARGEST = 2**27
+#: How many times as long a text is at most when it comes back: ``5e-324, ``, with all its zeros.
+GROWTH = 50
 
 #: json.dumps would make one anew for each value.
 ENCODER = json.JSONEncoder(allow_nan=False, ensure_ascii=True)
@@ -45,13 +47,29 @@ def to_json(value: t.Any) -> str:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise ValueError("it holds half of a surrogate pair, which is no text") from None
-    if len(text) > LARGEST:
-        raise ValueError(
-            f"it is too large: {len(text)} characters of JSON, of which PostgreSQL takes {LARGEST}"
-        )
     if text.count("[") + text.count("{") > DEEPEST and is_deep(value):
         raise ValueError("it is nested too deeply")
+    size = len(text)
+    if size > LARGEST // GROWTH:
+        size += sum(len(f"{Decimal(repr(x)):f}") - len(repr(x)) for x in floats(value))
+    if size > LARGEST:
+        raise ValueError(
+            f"it is too large: {size} characters of JSON, of which a task may have {LARGEST}"
+        )
     return text
+
+
+def floats(value: t.Any) -> t.Iterator[float]:
+    """The numbers in a value that JSON may write with an exponent, and PostgreSQL does not."""
+    inside = [value]
+    while inside:
+        each = inside.pop()
+        if isinstance(each, float):
+            yield each
+        elif isinstance(each, dict):
+            inside += each.values()
+        elif isinstance(each, (list, tuple)):
+            inside += each
 
 
 def is_deep(value: t.Any) -> bool:

@@ -33,16 +33,16 @@ class Claim:
     module: str
     func_name: str
     #: The arguments as JSON. They are decoded by who runs the task: raw SQL may have written
-    #: what Python cannot read. None if the claim has not brought them.
+    #: what Python cannot read. None if they are too large for the claim to bring them.
     arguments: str | None
     priority: int
-    #: Seconds since the epoch; together with the id, the place in the queue.
-    scheduled_at: float
+    #: Microseconds since 1970; together with the id, the place in the queue.
+    scheduled_at: int
     attempts: int
     crashes: int
     interruptions: int
-    #: Seconds for which workers have met this task without knowing its processor.
-    unknown_for: float | None
+    #: Microseconds for which workers have met this task without knowing its processor.
+    unknown_for: int | None
     #: The app that runs it.
     app: t.Any = None
     #: What the driver raised when connections to the queue's database were lost meanwhile.

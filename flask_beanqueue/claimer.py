@@ -33,6 +33,7 @@ class Claimer:
     :param channels: whose tasks.
     :param marks: where to start.
     :param batch_size: how many tasks are claimed at once, at most.
+    :param largest: bytes of arguments that a claim brings, at most.
     :param given_up: tokens of claims whose tasks stay PROCESSING although they run no more.
     """
 
@@ -42,15 +43,17 @@ class Claimer:
         channels: t.Sequence[str],
         marks: Marks,
         batch_size: int,
+        largest: int,
         given_up: t.Collection[str],
     ) -> None:
         self._queue = queue
         self._channels = channels
         self._marks = marks
         self._batch_size = batch_size
+        self._largest = largest
         self._given_up = given_up
-        #: How many tasks to claim at once: half as many where one of them cannot be claimed, and
-        #: twice as many where all can.
+        #: How many tasks to claim at once: half as many after a claim that failed, for whatever
+        #: reason, and twice as many after one that did not.
         self._most = batch_size
         self._refused = Refused()
         self._refused_suspects = Refused()
@@ -70,7 +73,11 @@ class Claimer:
         start = time.monotonic()
         queries, levels, refused = self._queue.queries, self._marks.turn(), self._refused.keys()
         claim = functools.partial(queries.claim, connection, worker_id, levels)
-        claims, error = self._try(connection, claim, limit, refused)
+        try:
+            claims, error = self._try(connection, claim, limit, refused)
+        except Exception:  # perhaps since the answer takes more memory than there is
+            self._most = max(limit // 2, 1)
+            raise
         if error is not None:
             self._most = max(limit // 2, 1)
             if limit > 1:
@@ -129,10 +136,18 @@ class Claimer:
     ) -> tuple[Claimed | None, Exception | None]:
         """Claim, and return what was claimed, or why the database does not let it be.
 
+        Arguments may be stored that PostgreSQL cannot write as text. Then none are read with the
+        claims, and each task meets its own.
+
         :raises sqlalchemy.exc.DBAPIError: if it would refuse any claim, or it is no refusal.
         """
         try:
-            return with_or_without_arguments(functools.partial(claim, *args, **kwargs)), None
+            try:
+                return claim(*args, most=self._largest, **kwargs), None
+            except sa.exc.DBAPIError as error:
+                if not may_be_of_values(error):
+                    raise
+                return claim(*args, most=-1, **kwargs), None
         except sa.exc.DBAPIError as error:
             if not is_refusal(error):
                 raise
@@ -179,14 +194,3 @@ class Refused:
                 log.error("More than %d tasks cannot be claimed: %s", MOST_NAMED, reason(error))
         self._until.pop(key, None)
         self._until[key] = time.monotonic() + REFUSED_FOR
-
-
-def with_or_without_arguments(claim: t.Callable[..., Claimed]) -> Claimed:
-    """Claim with the tasks' arguments; if the database refuses, and it may be because of those,
-    without them. Each task then reads its own."""
-    try:
-        return claim()
-    except sa.exc.DBAPIError as error:
-        if not may_be_of_values(error):
-            raise
-    return claim(arguments=False)

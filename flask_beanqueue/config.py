@@ -44,6 +44,7 @@ _ALLOWANCE = (_is_allowance, "a number of seconds, 0 or more")
 #: What values a setting takes, and the words for them.
 LIMITS = {
     "BATCH_SIZE": _COUNT,
+    "CLAIM_BYTES": _COUNT,
     "CONCURRENCY": _COUNT,
     "MAX_CRASHES": _COUNT,
     "POLL_TIMEOUT": _PAUSE,
@@ -65,6 +66,8 @@ class Config:
     PROCESSOR_PACKAGES: list[str] = dataclasses.field(default_factory=list)
     #: Most tasks that a worker claims, or completes, with one statement.
     BATCH_SIZE: int = 1000
+    #: Most bytes of arguments that a worker holds, beside those of the tasks that run.
+    CLAIM_BYTES: int = 16_000_000
     #: Threads that run tasks in one worker process.
     CONCURRENCY: int = 4
     #: Whether workers LISTEN; if not, they poll.
@@ -111,6 +114,13 @@ class Config:
                 f"{PREFIX}LISTEN_DATABASE_URL must be a URL of PostgreSQL for psycopg2 or psycopg"
                 " 3, such as postgresql+psycopg2://user@host/name."
             )
+
+    @property
+    def largest_held(self) -> int:
+        """Bytes of arguments, or of a result, that a worker holds of each task: it claims up to
+        twice as many as it claims at once. The thread that runs a task reads, and writes, what is
+        larger."""
+        return self.CLAIM_BYTES // (2 * self.BATCH_SIZE)
 
     @property
     def poll_timeout(self) -> float:

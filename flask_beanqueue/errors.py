@@ -7,8 +7,8 @@ import typing as t
 
 import sqlalchemy as sa
 
-#: What a worker's loop survives.
-TROUBLE = (sa.exc.DBAPIError, sa.exc.TimeoutError)
+#: What a worker's loop survives. The driver raises a MemoryError if it cannot hold an answer.
+TROUBLE = (sa.exc.DBAPIError, sa.exc.TimeoutError, MemoryError)
 
 #: How the SQLSTATEs of passing trouble begin, which is nobody's fault: of the connection, of a
 #: transaction that may only read or is to be tried again, of what has run out, of an operator, of

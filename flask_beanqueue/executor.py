@@ -7,8 +7,9 @@ import os
 
 import sqlalchemy as sa
 from flask import Flask
+from sqlalchemy.engine import Engine
 
-from . import fence, signals
+from . import arguments, fence, signals
 from . import outcome as outcomes
 from .claim import Claim, ClaimLost, running
 from .config import Config
@@ -36,13 +37,17 @@ class Executor:
 
     :param app: the app in whose contexts they run.
     :param registry: where their processors are found.
+    :param engine: where arguments are read that were too large to come with their claims.
     """
 
-    def __init__(self, app: Flask, queue: Queue, registry: Registry, config: Config) -> None:
+    def __init__(
+        self, app: Flask, queue: Queue, registry: Registry, config: Config, engine: Engine
+    ) -> None:
         self.app = app
         self.queue = queue
         self.registry = registry
         self.config = config
+        self.engine = engine
 
     def execute(self, claim: Claim) -> Outcome | None:
         """Run the processor of a claimed task in an app context of its own.
@@ -115,19 +120,27 @@ class Executor:
             outcome = outcomes.parked(claim, result)
         # Asking for the session would make one, also for a task that never had any.
         sessions = self.queue.db.session
-        if sessions.registry.has() and fence.used(session := sessions(), claim):
-            if fence.commit(self.queue, session, outcome):
+        used = sessions.registry.has() and fence.used(sessions(), claim)
+        # A large result is not held until others are written: they might be many.
+        if used or len(outcome.result or "") > self.config.largest_held:
+            if fence.commit(self.queue, sessions(), outcome):
                 outcomes.announce(self.app, self.queue, outcome)
             return None
         return None if claim.settled else outcome
 
     def _read_arguments(self, claim: Claim) -> None:
-        """Read the arguments that could not be had with the claims of a whole batch."""
+        """Read the arguments that were too large to come with the claim.
+
+        They are read in autocommit: a task that does not use the session gets no transaction by it.
+        """
         try:
-            connection = self.queue.connection(self.queue.db.session())
-            claim.arguments = self.queue.queries.arguments(connection, claim)
+            with self.engine.connect() as connection:
+                connection.execution_options(isolation_level="AUTOCOMMIT")
+                claim.arguments = self.queue.queries.arguments(connection, claim, arguments.LARGEST)
         except sa.exc.DBAPIError as error:
             raise ValueError(f"the task's kwargs cannot be read: {reason(error)}") from error
+        if claim.arguments is None:
+            raise ValueError(f"the task's kwargs take more than {arguments.LARGEST} bytes as text")
 
     def _rollback(self) -> None:
         session = self.queue.db.session

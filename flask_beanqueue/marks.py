@@ -11,10 +11,10 @@ from .claim import Claim
 
 #: Before every id, for a look from the front.
 NIL = str(uuid.UUID(int=0))
-FRONT = float("-inf")
-#: What PostgreSQL tells times apart by, and since when (1697) seconds since the epoch do so, too.
-MICROSECOND = 1e-6
-EXACT_SINCE = -(2.0**33)
+#: Microseconds since 1970 that stand for all times before, and for all after: 285 years. A double
+#: has whole numbers up to there, with which PostgreSQL multiplies an interval.
+EARLIEST, LATEST = -(2**53), 2**53
+FRONT = EARLIEST - 1
 
 #: A look from the front may take one twentieth of the time, and comes after a second at most.
 LOOK_SHARE = 20
@@ -45,40 +45,41 @@ class Level:
 
     channel: str
     priority: int
-    at: float = FRONT
+    #: In microseconds since 1970.
+    at: int = FRONT
     #: As text, which sorts as PostgreSQL sorts UUIDs.
     id: str = NIL
     #: Where the mark was before it went back to the front; and how often in a row it has done so
     #: although claims got nothing of what they went back for.
-    passed: tuple[float, str] | None = None
+    passed: tuple[int, str] | None = None
     fruitless: int = 0
     #: How far tasks have been passed over, since when, and how long that took; and until when it
     #: holds.
-    over: tuple[float, str] = (FRONT, NIL)
-    over_since: float = FRONT
+    over: tuple[int, str] = (FRONT, NIL)
+    over_since: float = 0.0
     over_took: float = 0.0
-    over_until: float = FRONT
+    over_until: float = 0.0
 
     @property
-    def mark(self) -> tuple[float, str]:
+    def mark(self) -> tuple[int, str]:
         return self.at, self.id
 
     @mark.setter
-    def mark(self, mark: tuple[float, str]) -> None:
+    def mark(self, mark: tuple[int, str]) -> None:
         self.at, self.id = mark
 
     def go_back(self, front: Front) -> None:
         """Let the next claim start at a task that the mark has passed."""
         self.passed = max(self.mark, self.passed or self.mark)
         self.fruitless += 1
-        self.mark = (front.at - MICROSECOND if front.at > EXACT_SINCE else FRONT, NIL)
+        self.mark = (front.at - 1, NIL)
 
     def step_over(self, front: Front, now: float, took: float) -> None:
         """Go on behind a task that cannot be claimed, and let it be for a while."""
         if now >= self.over_until:
             self.over, self.over_since, self.over_took = (FRONT, NIL), now, 0.0
         self.over_took += took
-        self.mark = front.at if front.at > EXACT_SINCE else front.at + 1e-3, front.id
+        self.mark = front.at, front.id
         self.over = max(self.over, self.mark)
         # Not from the last one on: new ones may come for ever, and what is before them waits.
         self.over_until = self.over_since + max(
@@ -113,7 +114,7 @@ class Front:
 
     channel: str
     priority: int
-    at: float
+    at: int
     id: str
     #: Seconds until it is due; not above 0 if it is.
     due_in: float

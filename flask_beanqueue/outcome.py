@@ -193,7 +193,7 @@ def unknown(claim: Claim, known: int, grace: float) -> Outcome:
         )
     else:
         message += " Is its module imported by the app or named in BQ_PROCESSOR_PACKAGES?"
-    waited = claim.unknown_for
+    waited = None if claim.unknown_for is None else claim.unknown_for / 1e6
     if waited is not None and waited >= grace:
         message += f" No worker knew it for {waited:.0f} seconds (BQ_UNKNOWN_GRACE)."
         return Outcome(claim, FAILED, "FAILED", error_message=message)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import typing as t
 import uuid
@@ -13,7 +12,7 @@ from sqlalchemy.engine import Connection
 
 from .claim import Claim
 from .listen import notifies, notify_name
-from .marks import Front, Level, Look
+from .marks import EARLIEST, LATEST, Front, Level, Look
 from .models import PROCESSING, Models
 
 # The NOTIFY of a flush, as the driver takes it: to compile it, or to find what was compiled, takes
@@ -50,10 +49,11 @@ class Queries:
             "workers": quote(models.worker.__table__),
             "events": quote(models.event.__table__),
         }
-        self._names["now"] = epoch("now()")
-        self._names["front_at"] = epoch("front.scheduled_at")
-        self._names["next_at"] = epoch("next.scheduled_at")
-        self._names["picked_at"] = epoch("picked.scheduled_at")
+        self._names["now"] = micros("now()")
+        self._names["front_at"] = micros("front.scheduled_at")
+        self._names["next_at"] = micros("next.scheduled_at")
+        self._names["picked_at"] = micros("picked.scheduled_at")
+        self._names["level_at"] = moment("level.at")
         # How long the statement may wait for a lock, as lock_timeout says it; NULL: as the session
         # has it. It holds for the statement's own transaction, so no pooler is in its way, and it
         # is part of the statement, so it costs no round trip.
@@ -102,13 +102,13 @@ class Queries:
         due = """
             FROM unnest(
                 CAST(:channels AS text[]), CAST(:priorities AS int[]),
-                CAST(:ats AS float8[]), CAST(:ids AS uuid[])
+                CAST(:ats AS bigint[]), CAST(:ids AS uuid[])
             ) AS level (channel, priority, at, id)
             CROSS JOIN LATERAL (
                 SELECT t.ctid, t.scheduled_at, t.id FROM {tasks} AS t
                 WHERE t.state = 'PENDING'
                   AND t.channel = level.channel AND t.priority = level.priority
-                  AND (t.scheduled_at, t.id) > (to_timestamp(level.at), level.id)
+                  AND (t.scheduled_at, t.id) > ({level_at}, level.id)
                   AND t.scheduled_at <= now() AND t.crashes < 1 AND {claimable}
                 ORDER BY t.scheduled_at, t.id LIMIT :limit
                 FOR NO KEY UPDATE SKIP LOCKED
@@ -125,8 +125,12 @@ class Queries:
             {due}
         """)
 
-        # The arguments of a claim that is without.
-        self._arguments = self._text("SELECT CAST(kwargs AS text) FROM {tasks} WHERE id = :id")
+        # The arguments of a claim that is without. NULL if they are larger than any task's may be.
+        self._arguments = self._text("""
+            SELECT CASE WHEN octet_length(CAST(kwargs AS text)) <= :largest
+                THEN CAST(kwargs AS text) END
+            FROM {tasks} WHERE id = :id AND claims = :claims
+        """)
 
         # The channels in which no task that was in a crash runs. One of which nothing could be
         # written is PROCESSING, and runs no more. OFFSET keeps them by themselves: asked anew for
@@ -307,7 +311,6 @@ class Queries:
             """
             SELECT {claim}, state, parked FROM {tasks} WHERE id = :id FOR NO KEY UPDATE
             """,
-            arguments=False,
         )
 
         # Many tasks in one statement, their NOTIFY included. Two long values are read much faster
@@ -401,7 +404,6 @@ class Queries:
                 SELECT FROM {workers} AS w WHERE w.id = t.worker_id AND w.state = 'RUNNING')
             LIMIT :limit
             """,
-            arguments=False,
         )
 
         # What a worker holds as the database sees it: after a lost connection, a claim may have
@@ -411,33 +413,36 @@ class Queries:
             SELECT {claim} FROM {tasks}
             WHERE state = 'PROCESSING' AND NOT parked AND worker_id = :worker_id
             """,
-            arguments=False,
         )
 
     def _text(self, sql: str) -> sa.TextClause:
         return sa.text(sql.format(**self._names))
 
-    def _claiming(self, sql: str, alone: str) -> dict[tuple[bool, bool], t.Any]:
-        """Statements that claim, by whether one task alone, and whether with the tasks' arguments.
+    def _claiming(self, sql: str, alone: str) -> dict[bool, t.Any]:
+        """Statements that claim, by whether one task alone.
 
         :param alone: the SQL for one task.
         """
         return {
-            (one, arguments): self._returning_claims(alone if one else sql, arguments=arguments)
-            for one, arguments in itertools.product([False, True], repeat=2)
+            one: self._returning_claims(alone if one else sql, arguments=True)
+            for one in (False, True)
         }
 
-    def _returning_claims(self, sql: str, *, arguments: bool = True) -> t.Any:
+    def _returning_claims(self, sql: str, *, arguments: bool = False) -> t.Any:
         """A statement whose rows make up claims.
 
         :param sql: with ``{claim}`` for their columns.
-        :param arguments: whether with the tasks' arguments. PostgreSQL stores some that are too
-            long for it as text.
+        :param arguments: whether with the tasks' arguments, as far as they take up to ``:most``
+            bytes. As text they may take a thousand times as many as they are stored in; but what is
+            stored in more is not read for that.
         """
+        kwargs = """CASE WHEN pg_column_size(kwargs) <= :most
+                AND octet_length(CAST(kwargs AS text)) <= :most THEN CAST(kwargs AS text) END"""
         columns = f"""CAST(ctid AS text) AS ctid, CAST(id AS text) AS key, claims,
-            channel, module, func_name, {"CAST(kwargs AS text)" if arguments else "NULL"},
-            priority, {epoch("scheduled_at")} AS scheduled_at, attempts, crashes, interruptions,
-            {epoch("now()")} - {epoch("unknown_since")} AS unknown_for"""
+            channel, module, func_name, {kwargs if arguments else "NULL"} AS arguments,
+            priority, {micros("scheduled_at")} AS scheduled_at, attempts, crashes, interruptions,
+            CASE WHEN unknown_since IS NOT NULL
+                THEN {micros("now()")} - {micros("unknown_since")} END AS unknown_for"""
         return sa.text(sql.format(claim=columns, **self._names))
 
     # What the worker asks.
@@ -451,19 +456,19 @@ class Queries:
         refused: t.Collection[str] = (),
         *,
         alone: str | None = None,
-        arguments: bool = True,
+        most: int = 8_000,
     ) -> list[Claim]:
         """Claim up to ``limit`` due tasks behind the levels' marks, in the queue's order.
 
         :param refused: keys of tasks to leave out.
         :param alone: the key of the only task to claim; ``refused`` is not asked for it.
-        :param arguments: whether the claims bring the tasks' arguments.
+        :param most: bytes of the arguments that a claim may bring; larger ones it is without.
         :raises Unchanged: if the one that is claimed alone stays as it is.
         """
         wanted = behind(levels, limit, refused)
         rows = connection.execute(
-            self._claim[alone is not None, arguments],
-            {"worker_id": worker_id, "alone": alone, **wanted},
+            self._claim[alone is not None],
+            {"worker_id": worker_id, "alone": alone, "most": most, **wanted},
         )
         claims = claimed(rows.all(), alone)
         claims.sort(key=lambda claim: (claim.priority, claim.scheduled_at, claim.key))
@@ -478,19 +483,20 @@ class Queries:
         given_up: t.Collection[str] = (),
         *,
         alone: str | None = None,
-        arguments: bool = True,
+        most: int = 8_000,
     ) -> Claim | None:
         """Claim one due task that was in a crash, unless another such task runs.
 
         :param refused: keys of tasks to leave out.
         :param given_up: tokens of claims of such tasks that run no more, although PROCESSING.
         :param alone: the key of the only task to claim; ``refused`` is not asked for it.
+        :param most: bytes of the arguments that the claim may bring; larger ones it is without.
         :raises Unchanged: if that stays as it is.
         """
         wanted = suspects(channels, refused, given_up)
         rows = connection.execute(
-            self._claim_suspect[alone is not None, arguments],
-            {"worker_id": worker_id, "alone": alone, **wanted},
+            self._claim_suspect[alone is not None],
+            {"worker_id": worker_id, "alone": alone, "most": most, **wanted},
         )
         return next(iter(claimed(rows.all(), alone)), None)
 
@@ -499,7 +505,9 @@ class Queries:
     ) -> Front | None:
         """Return the first task that :meth:`claim` would claim."""
         row = connection.execute(self._next, behind(levels, 1, refused)).first()
-        return None if row is None else Front(*row)
+        if row is None:
+            return None
+        return Front(row.channel, row.priority, row.at, row.id, row.due_in / 1e6)
 
     def next_suspect(
         self,
@@ -512,9 +520,11 @@ class Queries:
         row = connection.execute(self._next_suspect, suspects(channels, refused, given_up)).first()
         return None if row is None else str(row.key)
 
-    def arguments(self, connection: Connection, claim: Claim) -> str:
-        """Return the arguments of a claimed task as JSON."""
-        return t.cast(str, connection.execute(self._arguments, {"id": claim.id}).scalar_one())
+    def arguments(self, connection: Connection, claim: Claim, largest: int) -> str | None:
+        """Return the arguments of a claimed task as JSON; None if they take more bytes than
+        ``largest``, or if the claim is lost."""
+        wanted = {"id": claim.key, "claims": claim.claims, "largest": largest}
+        return connection.execute(self._arguments, wanted).scalar()
 
     def look(
         self,
@@ -528,8 +538,8 @@ class Queries:
         rows = connection.execute(self._look, wanted).all()
         any_suspect = connection.execute(self._suspects, wanted).scalar_one()
         return Look(
-            [Front(row.channel, row.priority, row.at, row.id, row.due_in) for row in rows],
-            min((row.next_due for row in rows if row.next_due is not None), default=None),
+            [Front(row.channel, row.priority, row.at, row.id, row.due_in / 1e6) for row in rows],
+            min((row.next_due / 1e6 for row in rows if row.next_due is not None), default=None),
             any_suspect,
         )
 
@@ -753,10 +763,22 @@ def suspects(
     return {"channels": list(channels), "refused": array(refused), "given_up": array(given_up)}
 
 
-def epoch(moment: str) -> str:
-    """A time in seconds. Times are subtracted as such, for one may be infinite, which only
-    PostgreSQL 17 and later can subtract as timestamps."""
-    return f"date_part('epoch', {moment})"
+def micros(time: str) -> str:
+    """A time as a whole number of microseconds since 1970, as exact as PostgreSQL has it: the text
+    of a floating-point number depends on settings. What lies before 1684 or after 2255, at an end
+    of time perhaps, becomes the first or the last number; in between, :func:`moment` is exact."""
+    return (
+        f"CAST(LEAST(GREATEST(extract(epoch FROM {time}) * 1000000, {EARLIEST}), {LATEST})"
+        " AS bigint)"
+    )
+
+
+def moment(micros: str) -> str:
+    """The time that such a number stands for."""
+    return (
+        f"CASE WHEN {micros} < {EARLIEST} THEN '-infinity'"
+        f" ELSE timestamptz 'epoch' + {micros} * interval '1 microsecond' END"
+    )
 
 
 def array(values: t.Iterable[str]) -> str:

@@ -103,7 +103,7 @@ class Worker:
         self._bell = Bell()
         self._crew = Crew(
             self.concurrency,
-            Executor(app, queue, registry, config).execute,
+            Executor(app, queue, registry, config, engine).execute,
             self._bell.ring_if_asleep,
             self._lost_thread,
             config.BATCH_SIZE,
@@ -111,7 +111,12 @@ class Worker:
         self._writer = Writer(app, queue, config.BATCH_SIZE, self._released)
         self._marks = Marks(self.channels)
         self._claimer = Claimer(
-            queue, self.channels, self._marks, config.BATCH_SIZE, self._writer.given_up
+            queue,
+            self.channels,
+            self._marks,
+            config.BATCH_SIZE,
+            config.largest_held,
+            self._writer.given_up,
         )
         self._suspect = Suspect()
         self._source = source or self.listener()
@@ -599,7 +604,7 @@ class Worker:
 
     # Losing the database.
 
-    def _fail(self, error: sa.exc.SQLAlchemyError) -> None:
+    def _fail(self, error: Exception) -> None:
         """Give up the connection, and wait for a moment before the loop comes back on another;
         tasks go on running meanwhile.
 
@@ -607,7 +612,8 @@ class Worker:
         """
         if isinstance(error, sa.exc.DBAPIError) and is_hopeless(error):
             raise error
-        log.warning("The database fails, and is tried again: %s", reason(error))
+        why = reason(error) or type(error).__name__
+        log.warning("The database fails, and is tried again: %s", why)
         self._line.close()
         until: float = time.monotonic() + min(0.05 * 2**self._failures, 2.0)
         self._failures = min(self._failures + 1, 10)

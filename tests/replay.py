@@ -137,7 +137,7 @@ class Worker:
         self.id = worker_id
         self.line = line
         self.app = app
-        self.executor = Executor(app, bq, bq.registry, bq.config(app))
+        self.executor = Executor(app, bq, bq.registry, bq.config(app), bq.engine(app))
         self.package: Any = bq.worker(["default"], app=app)
         self.package.takes_place(worker_id, ())
         self.package._line = line

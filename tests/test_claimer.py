@@ -31,7 +31,7 @@ class Claiming:
         self.connection = connection
         channels = ["default", "other"]
         self.marks = Marks(channels)
-        self.claimer = Claimer(bq, channels, self.marks, 100, ())
+        self.claimer = Claimer(bq, channels, self.marks, 100, 1000, ())
         self.worker_id = uuid7()
         bq.queries.add_worker(connection, self.worker_id, "worker", channels)
         query(

@@ -257,7 +257,16 @@ def test_all_statements_are_made_when_nothing_but_the_models_is_known() -> None:
                 "one",
                 "only",
             }
-            known = {"self", "models", "quote", "epoch", "str", "has_parent", "postgresql"}
+            known = {
+                "self",
+                "models",
+                "quote",
+                "micros",
+                "moment",
+                "str",
+                "has_parent",
+                "postgresql",
+            }
             assert names == known | texts
         for node in ast.walk(function):
             if isinstance(node, ast.Attribute) and node.attr in makers:

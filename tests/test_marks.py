@@ -22,10 +22,10 @@ from flask_beanqueue.marks import (
     Marks,
 )
 
-CLAIM = Claim("(0,1)", str(uuid.UUID(int=1)), 1, "default", "app", "f", "{}", 0, 3.0, 0, 0, 0, None)
+CLAIM = Claim("(0,1)", str(uuid.UUID(int=1)), 1, "default", "app", "f", "{}", 0, 3, 0, 0, 0, None)
 
 
-def look(*priorities: int, at: float = 1.0) -> Look:
+def look(*priorities: int, at: int = 1) -> Look:
     """What a look finds: a task that is due in each of these levels."""
     fronts = [
         Front("default", priority, at, str(uuid.UUID(int=9)), -1.0) for priority in priorities
@@ -65,9 +65,9 @@ def test_a_mark_goes_back_for_what_it_has_passed_and_then_returns() -> None:
     marks = Marks(["default"])
     marks.seen(look(0), 0.0)
     [level] = marks.turn()
-    level.mark = last = (5.0, str(uuid.UUID(int=1)))
-    marks.seen(look(0, at=2.0), 0.0)
-    assert (1.9, NIL) < level.mark < (2.0, NIL)
+    level.mark = last = (5, str(uuid.UUID(int=1)))
+    marks.seen(look(0, at=2), 0.0)
+    assert level.mark == (1, NIL)
     marks.passed([], wanted=1)
     assert level.mark == last
 
@@ -85,18 +85,18 @@ def test_what_was_passed_over_is_left_alone_for_a_while(monkeypatch: pytest.Monk
     now = 1000.0
     monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=lambda: now))
     marks = Marks(["default"])
-    first, second = (Front("default", 0, at, str(uuid.UUID(int=9)), -1.0) for at in (1.0, 2.0))
+    first, second = (Front("default", 0, at, str(uuid.UUID(int=9)), -1.0) for at in (1, 2))
     assert marks.step_over(first, 1.0) == now + PASSED_OVER
     now += 10.0
     assert marks.step_over(second, 9.0) is None
     [level] = marks.turn()
-    assert level.mark == (2.0, second.id)
+    assert level.mark == (2, second.id)
     now += 10 * PASSED_SHARE - 11
     assert marks.seen(Look([first], None, False), 0.0)
-    assert level.mark == (2.0, second.id)
+    assert level.mark == (2, second.id)
     now += 1
     marks.seen(Look([first], None, False), 0.0)
-    assert (0.9, NIL) < level.mark < (1.0, NIL)
+    assert level.mark == (0, NIL)
 
 
 def test_passing_over_takes_a_third_of_the_time_at_most() -> None:
@@ -104,7 +104,7 @@ def test_passing_over_takes_a_third_of_the_time_at_most() -> None:
     level = Level("default", 0)
     for at in range(1000):
         now += 1.0
-        level.step_over(Front("default", 0, float(at), NIL, -1.0), now, 1.0)
+        level.step_over(Front("default", 0, at, NIL, -1.0), now, 1.0)
     assert level.over_until == 1001.0 + 3000.0
 
 
@@ -113,7 +113,7 @@ def test_claims_move_the_mark_of_their_own_level_only() -> None:
     marks.passed([CLAIM], wanted=1)
     levels = {level.channel: level.mark for level in marks.turn()}
     assert levels[CLAIM.channel] == (CLAIM.scheduled_at, CLAIM.key)
-    assert levels["other"] < (0.0, NIL)
+    assert levels["other"] < (0, NIL)
 
 
 def test_a_claim_that_got_too_little_comes_again_before_the_next_look() -> None:
@@ -131,9 +131,7 @@ def test_tasks_that_were_passed_over_earlier_do_not_count_with_those_of_now(
     now = 1000.0
     monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=lambda: now))
     marks = Marks(["default"])
-    first, good, last = (
-        Front("default", 0, at, str(uuid.UUID(int=9)), -1.0) for at in (1.0, 40.0, 50.0)
-    )
+    first, good, last = (Front("default", 0, at, str(uuid.UUID(int=9)), -1.0) for at in (1, 40, 50))
     marks.step_over(last, 0.0)
     now += 3600.0
     marks.step_over(first, 0.0)
@@ -153,7 +151,7 @@ def test_a_mark_that_goes_back_for_nothing_is_found_out_beside_a_backlog() -> No
         assert not marks.passed([CLAIM], wanted=1)
     assert marks.fruitless
     # And it is over as soon as nothing is there any more.
-    marks.seen(look(0, at=9.0), 0.0)
+    marks.seen(look(0, at=9), 0.0)
     marks.passed([CLAIM], wanted=1)
     assert not marks.fruitless
 
@@ -162,7 +160,7 @@ def test_a_mark_that_goes_back_for_something_is_not_in_vain() -> None:
     marks = Marks(["default"])
     for _ in range(4):
         [level] = marks.turn()
-        level.mark = 5.0, str(uuid.UUID(int=1))
+        level.mark = 5, str(uuid.UUID(int=1))
         marks.seen(look(0), 0.0)
         marks.passed([CLAIM], wanted=2)
         assert not marks.fruitless
@@ -171,7 +169,7 @@ def test_a_mark_that_goes_back_for_something_is_not_in_vain() -> None:
 def test_a_mark_that_has_gone_further_than_it_was_returns_nowhere() -> None:
     marks = Marks(["default"])
     [level] = marks.turn()
-    level.mark = 2.0, NIL
+    level.mark = 2, NIL
     marks.seen(look(0), 0.0)
     assert not marks.passed([CLAIM], wanted=2)
     assert level.mark == (CLAIM.scheduled_at, CLAIM.key)

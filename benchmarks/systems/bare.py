@@ -127,7 +127,7 @@ def add_worker(cursor: Any) -> str:
 
 def claim_from(level: Level, worker_id: str, limit: int) -> dict[str, Any]:
     """The parameters of the worker's claim."""
-    return {"worker_id": worker_id, **behind([level], limit, ())}
+    return {"worker_id": worker_id, "most": 8_000, **behind([level], limit, ())}
 
 
 def finish_of(rows: list[tuple[Any, ...]]) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def finish_of(rows: list[tuple[Any, ...]]) -> dict[str, Any]:
 
 def batches(limit: int, *, front: bool) -> None:
     cursor = connect().cursor()
-    claim = FRONT if front else compiled(bench.bq.queries._claim[False, True])
+    claim = FRONT if front else compiled(bench.bq.queries._claim[False])
     finish = compiled(bench.bq.queries._finish)
     level = Level("bench", 0)
     worker_id = add_worker(cursor)
@@ -240,7 +240,7 @@ def listen(limit: int) -> None:
     connection = connect()
     cursor = connection.cursor()
     cursor.execute("LISTEN bench")
-    claim = compiled(bench.bq.queries._claim[False, True])
+    claim = compiled(bench.bq.queries._claim[False])
     level = Level("bench", 0)
     worker_id = add_worker(cursor)
     while not stopping.is_set():
