@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import typing as t
-from decimal import Decimal
 
 #: Lists within lists that an argument may hold. Python's own limit depends on the caller: what a
 #: view can encode, a worker may not be able to decode.
@@ -51,12 +50,17 @@ def to_json(value: t.Any) -> str:
         raise ValueError("it is nested too deeply")
     size = len(text)
     if size > LARGEST // GROWTH:
-        size += sum(len(f"{Decimal(repr(x)):f}") - len(repr(x)) for x in floats(value))
+        size += sum(map(zeros, floats(value)))
     if size > LARGEST:
         raise ValueError(
             f"it is too large: {size} characters of JSON, of which a task may have {LARGEST}"
         )
     return text
+
+
+def zeros(number: float) -> int:
+    """How many digits PostgreSQL writes where JSON has an exponent."""
+    return abs(int(repr(number).partition("e")[2] or 0))
 
 
 def floats(value: t.Any) -> t.Iterator[float]:
