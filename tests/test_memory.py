@@ -71,7 +71,7 @@ def test_an_answer_that_takes_too_much_memory_is_asked_for_in_smaller_parts(
     large_app: Flask, database_url: str, processes: Processes
 ) -> None:
     insert(database_url, VALUES["text"], 300)
-    settings = {"BQ_CLAIM_BYTES": 2_100_000_000, "MEMORY_LIMIT": 500_000_000}
+    settings = {"BQ_CLAIM_BYTES": 2_100_000_000, "MEMORY_LIMIT": 600_000_000}
     worker = processes.worker(APP, **settings)
     done = "SELECT count(*) FROM bq_tasks WHERE state = 'DONE'"
     wait_until(lambda: query(database_url, done) == [(300,)])
