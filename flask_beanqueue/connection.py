@@ -92,6 +92,17 @@ def is_pooled(raw: t.Any, pid: int) -> bool:
     return bool(raw.info.backend_pid != pid)
 
 
+def codec_of(connection: Connection) -> str | None:
+    """Return Python's codec for what encodes the database's texts; None if it has all letters."""
+    raw: t.Any = connection.connection.dbapi_connection
+    name = raw.info.parameter_status("server_encoding")
+    if name in (None, "UTF8"):
+        return None
+    from psycopg2.extensions import encodings
+
+    return encodings.get(name, "ascii")
+
+
 class Line:
     """A connection of its own that is made when it is asked for, and again after it was lost.
 

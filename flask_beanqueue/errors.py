@@ -21,6 +21,8 @@ MISFITS = ("0A", "3F", "42")
 OF_VALUES = ("22", "54", "XX")
 #: Those that no other connection changes; a prepared statement of another's is there on one only.
 HOPELESS, DUPLICATE_STATEMENT = ("3F", "42"), "42P05"
+#: Something is full, or too large.
+LIMIT = "54000"
 #: A lock was waited for, or the statement worked on, for as long as somebody allows.
 TIMEOUTS = {"55P03", "57014"}
 
@@ -72,6 +74,11 @@ def may_be_of_values(error: sa.exc.DBAPIError) -> bool:
 def is_timeout(error: sa.exc.DBAPIError) -> bool:
     """Whether it took too long, which is no fault of what was given."""
     return sqlstate(error) in TIMEOUTS
+
+
+def is_limit(error: sa.exc.DBAPIError) -> bool:
+    """Whether something is full or too large; the queue of notifications, for example."""
+    return sqlstate(error) == LIMIT
 
 
 def is_interruption(error: BaseException, losses: t.Collection[BaseException]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import json
 import logging
 import traceback
 import types
@@ -14,6 +15,7 @@ from sqlalchemy.engine import Connection
 from . import signals
 from .arguments import to_json
 from .claim import Claim
+from .connection import codec_of
 from .errors import is_interruption, is_of_database, name_of, reason, text_of
 from .listen import notify_name
 from .log import log
@@ -59,12 +61,41 @@ class Outcome:
     scheduled_at: datetime.datetime | None = None
     #: The row is no longer where the claim found it.
     moved: bool = False
+    #: Whether workers are told if it waits again; otherwise they find it when they poll.
+    notify: bool = True
 
     @property
     def is_plain(self) -> bool:
         """Whether this is what nearly all tasks come to: DONE, and nothing to add."""
         plain = self.state == DONE and self.event is None and self.attempts == 1
         return plain and not self.moved
+
+    @property
+    def notifies(self) -> bool:
+        """Whether a NOTIFY goes with it."""
+        return self.state == PENDING and self.notify
+
+    @property
+    def has_letters(self) -> bool:
+        """Whether any of its texts may hold a letter that not every encoding has."""
+        texts = self.error_message, self.traceback
+        return any(text and not text.isascii() for text in texts) or "\\u" in (self.result or "")
+
+    def spell(self, codec: str) -> None:
+        """Replace the letters that an encoding lacks. A result that holds some is not stored."""
+        for name in ("error_message", "traceback"):
+            if (text := getattr(self, name)) is not None:
+                setattr(self, name, text.encode(codec, "backslashreplace").decode(codec))
+        try:
+            json.dumps(json.loads(self.result or "null"), ensure_ascii=False).encode(codec)
+        except UnicodeEncodeError as error:
+            log.warning(
+                "The result of %s is not stored: the database's encoding lacks %r",
+                self.claim.label,
+                error.object[error.start : error.end],
+                extra=self.claim.log_extra(),
+            )
+            self.result = None
 
     def settlement(self) -> dict[str, t.Any]:
         """What the statement that writes it needs to know, as JSON has it."""
@@ -86,7 +117,7 @@ class Outcome:
                 if self.scheduled_at
                 else None
             ),
-            "channel": notify_name(self.claim.channel),
+            "channel": notify_name(self.claim.channel) if self.notify else None,
             "event_id": str(uuid7()) if self.event else None,
             "event": self.event,
             "traceback": self.traceback,
@@ -209,12 +240,17 @@ def given_back(claim: Claim) -> Outcome:
 
 def fallbacks(outcome: Outcome, error: BaseException) -> t.Iterator[Outcome]:
     """What to write in place of an outcome that the database refuses, the best first."""
+    if outcome.has_letters:
+        outcome = dataclasses.replace(outcome)
+        outcome.spell("ascii")
+        yield outcome
     if outcome.event is not None:
-        yield dataclasses.replace(outcome, event=None)
+        yield dataclasses.replace(outcome, event=None, notify=False)
     message = f"Its outcome ({outcome.state}) could not be written. {describe(error)}"
     failure = dataclasses.replace(
         outcome, state=FAILED, event="FAILED", result=None, error_message=message, parked=False
     )
+    failure.spell("ascii")
     yield failure
     yield dataclasses.replace(failure, event=None)
 
@@ -252,6 +288,8 @@ def write(
     :raises sqlalchemy.exc.OperationalError: if that is over; nothing is then written.
     """
     plain = outcomes[0].is_plain
+    if not plain or any(outcome.result for outcome in outcomes):
+        spell(connection, outcomes)
     if plain:
         done = [(outcome.claim, outcome.result) for outcome in outcomes]
         held = queries.finish(connection, done, lock_timeout)
@@ -266,9 +304,19 @@ def write(
     return written
 
 
+def spell(connection: Connection, outcomes: t.Iterable[Outcome]) -> None:
+    """Let outcomes hold no letter that the database's encoding lacks."""
+    with_letters = [outcome for outcome in outcomes if outcome.has_letters]
+    if with_letters and (codec := codec_of(connection)) is not None:
+        for outcome in with_letters:
+            outcome.spell(codec)
+
+
 def write_one(queries: Queries, connection: Connection, outcome: Outcome) -> bool:
     """Write one outcome wherever its row is, and tell whether the claim held."""
     if outcome.is_plain:
+        if outcome.result:
+            spell(connection, [outcome])
         if queries.finish_one(connection, outcome.claim, outcome.result):
             return True
         outcome.moved = True

@@ -284,7 +284,10 @@ class Queries:
                 FROM settled WHERE event IS NOT NULL
             ), notified AS (
                 SELECT count(pg_notify(channel, '')) AS channels
-                FROM (SELECT DISTINCT channel FROM settled WHERE state = 'PENDING') AS waiting
+                FROM (
+                    SELECT DISTINCT channel FROM settled
+                    WHERE state = 'PENDING' AND channel IS NOT NULL
+                ) AS waiting
                 WHERE :notify
             )
             SELECT CAST(id AS text), claims FROM settled CROSS JOIN notified
@@ -394,6 +397,7 @@ class Queries:
         # Every task that a worker should be doing and none is; who is silent has been declared dead
         # by the heartbeat, and who said goodbye may have had to leave something behind. Nothing is
         # locked: of several workers that find a task, the fence lets one write what becomes of it.
+        # In the order of the ids, so that each is met once, also one that a trigger keeps as it is.
         self._orphans = self._returning_claims(
             """
             SELECT {claim}, EXISTS (
@@ -402,7 +406,8 @@ class Queries:
             WHERE state = 'PROCESSING' AND NOT parked AND {token} <> ALL (CAST(:known AS text[]))
               AND NOT EXISTS (
                 SELECT FROM {workers} AS w WHERE w.id = t.worker_id AND w.state = 'RUNNING')
-            LIMIT :limit
+              AND (CAST(:after AS uuid) IS NULL OR id > CAST(:after AS uuid))
+            ORDER BY id LIMIT :limit
             """,
         )
 
@@ -711,14 +716,17 @@ class Queries:
         return len(connection.execute(self._terminate, {"prefix": application_name("")}).all())
 
     def orphans(
-        self, connection: Connection, limit: int, known: t.Iterable[str]
+        self, connection: Connection, after: str | None, limit: int, known: t.Iterable[str]
     ) -> list[tuple[Claim, bool]]:
         """Return tasks that are PROCESSING for no living worker, each with whether its worker has
         shut down in order.
 
+        :param after: the key of the task behind which to look; None for all.
         :param known: tokens of claims to leave out.
         """
-        rows = connection.execute(self._orphans, {"limit": limit, "known": array(known)})
+        rows = connection.execute(
+            self._orphans, {"after": after, "limit": limit, "known": array(known)}
+        )
         return [(Claim(*row[:-1]), row[-1]) for row in rows]
 
     def mine(self, connection: Connection, worker_id: uuid.UUID) -> list[Claim]:

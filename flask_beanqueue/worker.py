@@ -130,6 +130,8 @@ class Worker:
         self._failures = 0
         self._strays_at = float("inf")
         self._take_over_at = 0.0
+        #: Since it looked for their tasks last.
+        self._more_dead = False
         #: Since there was anything to claim.
         self._taken_over = False
         self._stopping = False
@@ -482,6 +484,7 @@ class Worker:
 
     def _take_over_soon(self) -> None:
         """From the heartbeat's thread: others have been declared dead."""
+        self._more_dead = True
         self._take_over_at = 0.0
         self._bell.ring()
 
@@ -490,12 +493,16 @@ class Worker:
         timeout = self.config.WORKER_HEARTBEAT_TIMEOUT
         self._take_over_at = time.monotonic() + timeout
         try:
-            self._writer.take_over(self._line.connection, self.config.MAX_CRASHES)
+            anew, self._more_dead = self._more_dead, False
+            self._taken_over = self._writer.take_over(
+                self._line.connection, self.config.MAX_CRASHES, anew=anew
+            )
         except TROUBLE:
             # Or at once, if the heartbeat has found others meanwhile.
             self._take_over_at = min(self._take_over_at, time.monotonic() + timeout / 4)
             raise
-        self._taken_over = True
+        if not self._taken_over:
+            self._take_over_at = 0.0  # the rest, after what else is to be done
 
     # Finishing.
 

@@ -15,7 +15,7 @@ from sqlalchemy.engine import Connection
 from . import outcome as outcomes
 from . import signals
 from .claim import Claim
-from .errors import is_refusal, is_timeout, reason
+from .errors import is_limit, is_refusal, is_timeout, reason
 from .log import log
 from .models import PENDING, PROCESSING
 from .outcome import Outcome
@@ -27,6 +27,8 @@ LOCK_TIMEOUT = 0.1
 LOCKED_AGAIN = 1.0
 #: Tasks that are taken over at once.
 TAKE_OVER_SIZE = 1000
+#: Seconds after which the rest is written another time, so that the loop sees to other things.
+WRITE_FOR = 0.1
 #: Characters of results and tracebacks that go into one statement, if there is more than one
 #: outcome. PostgreSQL closes the connection to who sends a gigabyte.
 LARGEST_PART = 2**26
@@ -51,6 +53,11 @@ class Writer:
         self._queue = queue
         self._batch_size = batch_size
         self._on_release = on_release
+        #: How many outcomes go into the next statement: half as many after one that failed, and
+        #: twice as many after one that did not.
+        self._most = batch_size
+        #: Where the search for tasks of dead workers goes on; None if there is none.
+        self._after: str | None = None
         #: Every claim whose outcome is not written yet.
         self.held: set[Claim] = set()
         #: Outcomes still to be written.
@@ -129,26 +136,26 @@ class Writer:
             self.held.discard(claim)
         return len(claims)
 
-    def take_over(self, connection: Connection, max_crashes: int) -> None:
-        """Let the tasks of dead workers wait again, or fail where they died too often.
+    def take_over(self, connection: Connection, max_crashes: int, *, anew: bool = False) -> bool:
+        """Let tasks of dead workers wait again, or fail where they died too often: a part of them,
+        and the next part with the next call.
 
         :param max_crashes: how often that is.
+        :param anew: whether to begin with the first one.
+        :return: whether that was all.
         """
-        found: set[str] = set()
-        unchanged: set[str] = set()
-        orphans = None
-        while orphans is None or len(orphans) == TAKE_OVER_SIZE:
-            known = {claim.token for claim in self._in_hand} | self.given_up | unchanged
-            orphans = self._queue.queries.orphans(connection, TAKE_OVER_SIZE, known)
+        if anew:
+            self._after = None
+        if len(self._backlog) < TAKE_OVER_SIZE:
+            known = {claim.token for claim in self._in_hand} | self.given_up
+            orphans = self._queue.queries.orphans(connection, self._after, TAKE_OVER_SIZE, known)
             for claim, left in orphans:
                 self.add(
                     outcomes.given_back(claim) if left else outcomes.crashed(claim, max_crashes)
                 )
-            self.write(connection)
-            # A trigger may keep rows as they are; these would be found for ever.
-            tokens = {claim.token for claim, _ in orphans}
-            unchanged |= found & tokens
-            found |= tokens
+            self._after = orphans[-1][0].key if len(orphans) == TAKE_OVER_SIZE else None
+        self.write(connection)
+        return self._after is None and not self._backlog
 
     def give_back_strays(self, connection: Connection, worker_id: uuid.UUID) -> None:
         """Give back claims that were committed although the answer was lost with a connection."""
@@ -159,25 +166,26 @@ class Writer:
         self.give_back(strays)
 
     def write(self, connection: Connection) -> None:
-        """Write what there is to write. What fails stays to be written.
+        """Write what there is to write, or as much as there is time for. What fails stays to be
+        written.
 
         Nobody's lock holds this up: outcomes of rows that somebody else has locked are kept for
         later.
         """
+        until = time.monotonic() + WRITE_FOR
         if self._locked and time.monotonic() >= self._locked_until:
             for outcome in self._unlocked(connection, list(self._locked.values())):
                 self.add(outcome)
-        while self._backlog:
+        while self._backlog and time.monotonic() < until:
             waiting = list(self._backlog.values())
             waiting = [each for each in waiting if each.claim not in self._stalled] or waiting[:1]
             # One kind at a time goes into one statement, of which nothing is left if it fails.
             plain = [each for each in waiting if each.is_plain]
-            self._write_part(connection, first_part(plain or waiting, self._batch_size))
+            self._write_part(connection, first_part(plain or waiting, self._most))
 
     def _write_part(self, connection: Connection, part: list[Outcome]) -> None:
-        """Write outcomes together; where the database refuses one, the others without it."""
-        if not part:
-            return
+        """Write outcomes together. If the database refuses one of them, fewer go together, until it
+        is alone."""
         plain = part[0].is_plain
         try:
             written = outcomes.write(
@@ -185,24 +193,26 @@ class Writer:
             )
         except sa.exc.DBAPIError as error:
             self._unsure |= {outcome.claim for outcome in part}
-            if is_timeout(error):
-                unlocked = self._unlocked(connection, part)
-                if len(unlocked) < len(part):
-                    self._write_part(connection, unlocked)
-                elif len(part) > 1:
-                    self._write_halves(connection, part)
-                else:
-                    self._stall(part[0], error)
-            elif is_refusal(error):
-                if len(part) > 1:
-                    self._write_halves(connection, part)
-                else:
-                    # What would refuse any outcome is no fault of this one.
-                    self._queue.queries.check_outcomes(connection, plain=plain)
-                    self._fall_back(part[0], error)
-            else:
+            if not is_timeout(error) and not is_refusal(error):
                 raise
+            if is_timeout(error) and len(self._unlocked(connection, part)) < len(part):
+                return
+            if is_limit(error) and (notifying := [each for each in part if each.notifies]):
+                log.warning("Tasks wait again without a NOTIFY: %s", reason(error))
+                for outcome in notifying:
+                    outcome.notify = False
+                return
+            self._most = max(len(part) // 2, 1)
+            if len(part) > 1:
+                return
+            if is_timeout(error):
+                self._stall(part[0], error)
+                return
+            # What would refuse any outcome is no fault of this one.
+            self._queue.queries.check_outcomes(connection, plain=plain)
+            self._fall_back(part[0], error)
             return
+        self._most = min(2 * self._most, self._batch_size)
         told = not plain or outcomes.tells_success()
         for outcome in written:
             self.release(outcome.claim, waits=outcome.state == PENDING)
@@ -217,12 +227,6 @@ class Writer:
             if outcome.claim in self.held and outcome.claim not in self._unsure:
                 outcomes.lost(outcome)
             self.release(outcome.claim)
-
-    def _write_halves(self, connection: Connection, part: list[Outcome]) -> None:
-        """Find out which outcome it is that the others cannot be written with."""
-        half = len(part) // 2
-        self._write_part(connection, part[:half])
-        self._write_part(connection, part[half:])
 
     def _stall(self, outcome: Outcome, error: BaseException) -> None:
         """Keep an outcome for later, and with it others like it: they would take as long. It goes

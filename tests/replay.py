@@ -260,7 +260,7 @@ class Replay:
 
     def _find_nothing_else(self, state: model.State) -> None:
         """What the model does not find, the package does not find either."""
-        orphans = self._queries.orphans(self._control, 100, [])
+        orphans = self._queries.orphans(self._control, None, 100, [])
         assert sorted(claim.priority for claim, _ in orphans) == self._model.orphans(state)
         if not self._model.claimable(state, "claim"):
             levels = [Level("default", t) for t in range(len(state.tasks))]

@@ -24,8 +24,8 @@ def without_fence() -> None:
 def without_rescue() -> None:
     """What dead workers held stays with them."""
 
-    def take_over(self: Writer, connection: Any, max_crashes: int) -> None:
-        pass
+    def take_over(self: Writer, connection: Any, max_crashes: int, *, anew: bool = False) -> bool:
+        return True
 
     Writer.take_over = take_over  # type: ignore[method-assign]
 
