@@ -45,8 +45,11 @@ class Claim:
     unknown_for: int | None
     #: The app that runs it.
     app: t.Any = None
-    #: What the driver raised when connections to the queue's database were lost meanwhile.
+    #: What the driver raised when there was passing trouble with the queue's database meanwhile,
+    #: such as a lost connection.
     losses: tuple[BaseException, ...] = ()
+    #: Its outcome is being written with what the processor wrote.
+    completing: bool = False
     #: A transaction of ``db.session`` has reached the database.
     began: bool = False
     #: The session's transaction that has changed the task's row last, and so may keep it locked.

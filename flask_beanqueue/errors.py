@@ -14,6 +14,14 @@ TROUBLE = (sa.exc.DBAPIError, sa.exc.TimeoutError, MemoryError)
 #: transaction that may only read or is to be tried again, of what has run out, of an operator, of
 #: the system.
 PASSING = ("08", "25", "40", "53", "57P", "58", "F0")
+#: Those that are passing trouble for a task, too, wherever it meets them; and those that are if it
+#: meets them in its completion, which is the queue's. Others may come of what the task does.
+PASSING_IN_TASKS = ("08", "25006", "53", "57P", "58", "F0")
+PASSING_IN_COMPLETIONS = ("40", "54000")
+#: A transaction may only read: as any does at present, or since the task wanted it to.
+READ_ONLY = "25006"
+#: A transaction has failed, and is gone on with.
+FAILED_TRANSACTION = "25P02"
 #: Those by which PostgreSQL refuses a statement, whatever the values: it does not fit the tables,
 #: or a right is missing. They may also come from within a trigger, which meets some values only.
 MISFITS = ("0A", "3F", "42")
@@ -36,7 +44,12 @@ QUOTED = re.compile(r"""(["']).*\1""", re.DOTALL)
 
 def sqlstate(error: sa.exc.DBAPIError) -> str:
     """The five characters by which PostgreSQL calls an error, with psycopg2 and psycopg 3."""
-    return getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None) or ""
+    return sqlstate_of(error.orig)
+
+
+def sqlstate_of(error: t.Any) -> str:
+    """The same, for an error of the driver's."""
+    return getattr(error, "sqlstate", None) or getattr(error, "pgcode", None) or ""
 
 
 def is_refusal(error: sa.exc.DBAPIError) -> bool:
@@ -76,17 +89,35 @@ def is_timeout(error: sa.exc.DBAPIError) -> bool:
     return sqlstate(error) in TIMEOUTS
 
 
+def is_of_failed(error: BaseException) -> bool:
+    """Whether a statement was refused because an earlier one of its transaction had failed."""
+    return isinstance(error, sa.exc.DBAPIError) and sqlstate(error) == FAILED_TRANSACTION
+
+
 def is_limit(error: sa.exc.DBAPIError) -> bool:
     """Whether something is full or too large; the queue of notifications, for example."""
     return sqlstate(error) == LIMIT
 
 
+def is_passing(error: sa.exc.DBAPIError, *, completing: bool) -> bool:
+    """Whether an error that a task meets is passing trouble, which is no fault of the task.
+
+    :param completing: whether it meets it in its completion.
+    """
+    code = sqlstate(error)
+    if not code:
+        return type(error) is sa.exc.DatabaseError  # the client's: it is out of memory, say
+    return code.startswith(PASSING_IN_TASKS) or (
+        completing and code.startswith(PASSING_IN_COMPLETIONS)
+    )
+
+
 def is_interruption(error: BaseException, losses: t.Collection[BaseException]) -> bool:
-    """Whether an error comes from a connection that was lost, which is no fault of the task.
+    """Whether an error comes from passing trouble, such as a lost connection.
 
     :param losses: what the driver raised when that happened.
     """
-    if losses and isinstance(error, sa.exc.PendingRollbackError):
+    if losses and (isinstance(error, sa.exc.PendingRollbackError) or is_of_failed(error)):
         return True  # the processor went on in the lost transaction
     cause: BaseException | None = error
     seen: set[int] = set()

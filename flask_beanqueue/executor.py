@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import logging
 import os
+import time
 
 import sqlalchemy as sa
 from flask import Flask
@@ -13,12 +15,15 @@ from . import arguments, fence, signals
 from . import outcome as outcomes
 from .claim import Claim, ClaimLost, running
 from .config import Config
-from .errors import is_interruption, reason
+from .errors import READ_ONLY, is_interruption, reason, sqlstate_of
 from .log import log
 from .outcome import Outcome
 from .processor import AnyProcessor
 from .queue import Queue
 from .registry import Registry
+
+#: Seconds for which tasks of one worker go through the same. The loop tries again after 2, at most.
+TOGETHER = 3.0
 
 #: How often the process has become another one.
 _forks = 0
@@ -48,6 +53,10 @@ class Executor:
         self.registry = registry
         self.config = config
         self.engine = engine
+        #: When tasks were interrupted last, or the loop, which ones, and with which SQLSTATEs.
+        self._interrupted: collections.deque[tuple[float, str, set[str]]] = collections.deque(
+            maxlen=16
+        )
 
     def execute(self, claim: Claim) -> Outcome | None:
         """Run the processor of a claimed task in an app context of its own.
@@ -82,7 +91,11 @@ class Executor:
                 log.exception("%s raised after its end", claim.label, extra=claim.log_extra())
                 return None
             if is_interruption(error, claim.losses):
-                return outcomes.interrupted(claim, error)
+                codes = {sqlstate_of(loss) for loss in claim.losses}
+                self._interrupted.append((time.monotonic(), claim.key, codes))
+                if READ_ONLY not in codes or not self._chose_read_only(claim):
+                    alone = self._is_alone(claim)
+                    return outcomes.interrupted(claim, error, alone=alone)
             if isinstance(error, ClaimLost):
                 # The fence tells whether that is so. If the task is still this worker's, the
                 # processor has deleted its row or changed it past the ORM.
@@ -93,6 +106,34 @@ class Executor:
                 processor,
                 lambda: self.queue.task_after(claim, attempts=claim.attempts + 1),
             )
+
+    def _chose_read_only(self, claim: Claim) -> bool:
+        """Whether it was the task itself that made its transaction one that may only read: nobody
+        else met that, and others may write."""
+        if not self._is_alone(claim, READ_ONLY):
+            return False
+        try:
+            connection = self.queue.connection(self.queue.db.session())
+            return not self.queue.queries.is_read_only(connection)
+        except sa.exc.DBAPIError:
+            return False
+        finally:
+            self._rollback()
+
+    def _is_alone(self, claim: Claim, code: str | None = None) -> bool:
+        """Whether neither the loop nor another task was interrupted lately.
+
+        :param code: the SQLSTATE that is asked about; all, if there is none.
+        """
+        since = time.monotonic() - TOGETHER
+        return not any(
+            at > since and key != claim.key and (code is None or not key or code in codes)
+            for at, key, codes in list(self._interrupted)
+        )
+
+    def note_trouble(self) -> None:
+        """The worker's loop cannot use the database."""
+        self._interrupted.append((time.monotonic(), "", set()))
 
     def _perform(self, claim: Claim, processor: AnyProcessor) -> Outcome | None:
         """Call the processor and finish: in its transaction, if it opened one."""

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from . import outcome as outcomes
 from .claim import Claim, ClaimLost, current_claim
+from .errors import is_passing
 from .models import PENDING, PROCESSING
 from .outcome import Outcome
 from .queue import Queue
@@ -61,6 +62,7 @@ def commit(queue: Queue, session: Session, outcome: Outcome) -> bool:
     :raises ClaimLost: if the claim does not hold; nothing is committed.
     """
     claim = outcome.claim
+    claim.completing = True
     session.flush()
     if claim.settled or ended_in(session, claim):
         session.commit()  # under the guard of before_commit
@@ -173,12 +175,16 @@ def listen_session(queue: Queue) -> None:
 
 
 def listen_engine(engine: Engine) -> None:
-    """Tell apart the connections that tasks lose to the queue's own database from any others."""
+    """Tell apart the trouble that tasks have with the queue's own database from any other."""
 
     def handle_error(context: sa.engine.ExceptionContext) -> None:
-        claim = current_claim()
+        if (claim := current_claim()) is None:
+            return
         lost = context.is_disconnect or context.connection is None  # or never had
-        if claim is not None and lost:
+        error = context.sqlalchemy_exception
+        if lost or (
+            isinstance(error, sa.exc.DBAPIError) and is_passing(error, completing=claim.completing)
+        ):
             claim.losses += (context.original_exception,)
 
     sa.event.listen(engine, "handle_error", handle_error)

@@ -32,6 +32,8 @@ INTERRUPTION_DELAY = 1.0
 LONGEST_INTERRUPTION_DELAY = 300.0
 #: Interruptions after which that is taken for the task's own doing.
 MAX_INTERRUPTIONS = 20
+#: How many of them are followed by no pause if other tasks went through the same.
+SHARED_INTERRUPTIONS = 10
 #: Characters of an error message and of a traceback that are kept.
 MESSAGE_LENGTH = 2_000
 TRACEBACK_LENGTH = 100_000
@@ -177,7 +179,7 @@ def failed(
             )
     except BaseException as problem:
         if is_interruption(problem, claim.losses):
-            return interrupted(claim, problem)
+            return interrupted(claim, problem, alone=True)
         both = f"{trace(error)}\nIts retry policy failed:\n{trace(problem)}"
         outcome.traceback = storable_text(both, TRACEBACK_LENGTH)
         log.exception("The retry policy of %s failed", claim.label, extra=claim.log_extra())
@@ -187,13 +189,18 @@ def failed(
     return outcome
 
 
-def interrupted(claim: Claim, error: BaseException) -> Outcome:
-    """The database went away meanwhile, which is no failure: run it again, ever more patiently."""
+def interrupted(claim: Claim, error: BaseException, *, alone: bool) -> Outcome:
+    """The database went away meanwhile, which is no failure: run the task again.
+
+    :param alone: whether no other task of this worker met the same. Then it may be the task's own
+        doing, and it waits ever longer.
+    """
     count = claim.interruptions + 1
     outcome = Outcome(claim, PENDING, "INTERRUPTED", interruptions=1)
     if count < MAX_INTERRUPTIONS:
         message = f"The database went away ({count} of {MAX_INTERRUPTIONS} times)."
-        outcome.delay = min(INTERRUPTION_DELAY * 2**claim.interruptions, LONGEST_INTERRUPTION_DELAY)
+        exponent = claim.interruptions - (0 if alone else SHARED_INTERRUPTIONS)
+        outcome.delay = min(INTERRUPTION_DELAY * 2**exponent, LONGEST_INTERRUPTION_DELAY)
     else:
         message = (
             f"The database went away {count} times while this task ran. It will not be run again."

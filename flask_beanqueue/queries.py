@@ -373,6 +373,9 @@ class Queries:
             WHERE id = ANY (CAST(:ids AS uuid[])) AND state = 'RUNNING'
         """)
 
+        # Whether new transactions may only read: of a standby, or while somebody wants it so.
+        self._read_only = self._text("SELECT current_setting('transaction_read_only')")
+
         self._retire = self._text("""
             UPDATE {workers} SET state = 'SHUTDOWN' WHERE id = :id AND state = 'RUNNING'
         """)
@@ -709,6 +712,10 @@ class Queries:
     def retire(self, connection: Connection, worker_id: uuid.UUID) -> None:
         """Mark a worker as shut down."""
         connection.execute(self._retire, {"id": worker_id})
+
+    def is_read_only(self, connection: Connection) -> bool:
+        """Tell whether the transaction at hand, in which nobody has said so, may only read."""
+        return bool(connection.execute(self._read_only).scalar_one() == "on")
 
     def terminate(self, connection: Connection) -> int:
         """End the backends of workers that are dead, or gone and have left tasks behind, and with

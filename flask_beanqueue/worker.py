@@ -101,9 +101,10 @@ class Worker:
         check_pool(engine, self.concurrency)
 
         self._bell = Bell()
+        self._executor = Executor(app, queue, registry, config, engine)
         self._crew = Crew(
             self.concurrency,
-            Executor(app, queue, registry, config, engine).execute,
+            self._executor.execute,
             self._bell.ring_if_asleep,
             self._lost_thread,
             config.BATCH_SIZE,
@@ -621,6 +622,7 @@ class Worker:
             raise error
         why = reason(error) or type(error).__name__
         log.warning("The database fails, and is tried again: %s", why)
+        self._executor.note_trouble()
         self._line.close()
         until: float = time.monotonic() + min(0.05 * 2**self._failures, 2.0)
         self._failures = min(self._failures + 1, 10)

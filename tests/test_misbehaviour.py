@@ -413,18 +413,42 @@ DATABASE_ERRORS: dict[str, tuple[Act, str]] = {
     "unique violation, at once": refused("at once 23505"),
     "unique violation, at commit": refused("at commit 23505"),
     "serialization failure, at once": refused("at once 40001"),
-    "serialization failure, at commit": refused("at commit 40001"),
     "deadlock detected": refused("at once 40P01"),
     "insufficient privilege": refused("at once 42501"),
-    "disk full, at once": refused("at once 53100"),
-    "disk full, at commit": refused("at commit 53100"),
-    "out of memory": refused("at once 53200"),
     "program limit exceeded": refused("at once 54000"),
     "lock not available": refused("at once 55P03"),
-    "I/O error": refused("at once 58030"),
     "raised by a trigger": refused("at once P0001"),
     "data corrupted": refused("at once XX001"),
 }
+
+
+#: What is passing trouble of the whole database, and no fault of the task.
+TROUBLE: dict[str, tuple[Act, str]] = {
+    "serialization failure, at commit": refused("at commit 40001"),
+    "deadlock detected, at commit": refused("at commit 40P01"),
+    "program limit exceeded, at commit": refused("at commit 54000"),
+    "disk full, at once": refused("at once 53100"),
+    "disk full, at commit": refused("at commit 53100"),
+    "out of memory": refused("at once 53200"),
+    "cannot connect now": refused("at once 57P03"),
+    "I/O error": refused("at once 58030"),
+}
+
+
+@pytest.fixture(scope="module")
+def trouble_ended(end_all: Callable[..., dict[str, End]]) -> dict[str, End]:
+    return end_all({name: act for name, (act, _) in TROUBLE.items()})
+
+
+@pytest.mark.parametrize("name", TROUBLE)
+def test_passing_trouble_of_the_database_interrupts_a_task(
+    trouble_ended: dict[str, End], name: str
+) -> None:
+    end = trouble_ended[name]
+    assert end.state in ("PENDING", "DONE")  # it may have been due again meanwhile
+    assert len(end.effects) == end.attempts == (end.state == "DONE")
+    [(error, _)] = end.events
+    assert TROUBLE[name][1] in error
 
 
 @pytest.fixture(scope="module")
@@ -539,13 +563,21 @@ def small_disk(database_url: str) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("small_disk")
-def test_a_full_disk_takes_the_retry_policy(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work, database_url: str
+def test_a_full_disk_interrupts_a_task(
+    app: Flask,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    Note: Any,
+    work: Work,
+    database_url: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    @bq.processor(retry_policy=LimitAttempt(2))
-    def write(db: Any, task: Any, twice: bool) -> None:
+    monkeypatch.setattr(outcome, "INTERRUPTION_DELAY", 0.0)
+
+    @bq.processor()
+    def write(db: Any, task: Any) -> None:
         db.add(Note(text="written"))
-        if twice or task.attempts == 0:
+        if task.interruptions < 2:
             db.execute(
                 sa.text(
                     "INSERT INTO big SELECT string_agg(md5(n::text), '')"
@@ -554,15 +586,14 @@ def test_a_full_disk_takes_the_retry_policy(
             )
 
     with app.app_context():
-        write.enqueue_many([{"twice": True}, {"twice": False}])
+        write.enqueue()
         db.session.commit()
-    work(concurrency=1)
-    failed, done = query(
-        database_url, "SELECT state, attempts, error_message FROM bq_tasks ORDER BY id"
-    )
-    assert failed[:2] == ("FAILED", 2)
-    assert "No space left on device" in failed[2]
-    assert done == ("DONE", 2, None)
+    work()
+    found = query(database_url, "SELECT state, attempts, interruptions FROM bq_tasks")
+    assert found == [("DONE", 1, 2)]
+    [first, _] = query(database_url, "SELECT type, error_message FROM bq_events")
+    assert first[0] == "INTERRUPTED"
+    assert "No space left on device" in first[1]
     assert texts(app, db, Note) == ["written"]
 
 
