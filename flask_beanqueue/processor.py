@@ -66,6 +66,10 @@ class Processor(t.Generic[P, R_co]):
                 f"{func!r} is a processor already: take the second @bq.processor(…) away."
                 " One task may go to another channel with .using(channel=…)."
             )
+        # The function's attributes stay readable, but none takes the place of one of our own.
+        for name, value in getattr(func, "__dict__", {}).items():
+            if not hasattr(type(self), name):
+                self.__dict__[name] = value
         self.queue = queue
         self.func = func
         self.options = options
@@ -81,7 +85,7 @@ class Processor(t.Generic[P, R_co]):
             )
         self.module = func.__module__
         self.func_name = func.__name__
-        functools.update_wrapper(self, func)
+        functools.update_wrapper(self, func, updated=())
         if not callable(func) or inspect.iscoroutinefunction(func):
             raise TypeError(
                 f"{self.name} is a coroutine function. A processor is an ordinary function;"

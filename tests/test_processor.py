@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import functools
 import types
@@ -44,6 +45,77 @@ def test_a_processor_is_still_its_function(resize: Any) -> None:
     assert resize.name == f"{__name__}.resize"
     assert repr(resize) == f"<Processor {__name__}.resize on 'images'>"
     assert resize.injected == ("db", "task")
+
+
+def test_a_decorator_that_keeps_its_function_as_an_attribute_is_not_bypassed(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work, database_url: str
+) -> None:
+    def keep(function: Any) -> Any:
+        @functools.wraps(function)
+        def wrapper(**kwargs: Any) -> Any:
+            return ["decorated", function(**kwargs)]
+
+        wrapper.func = function  # type: ignore[attr-defined]
+        return wrapper
+
+    @bq.processor()
+    @keep
+    def answer() -> int:
+        return 42
+
+    assert answer() == ["decorated", 42]
+    with app.app_context():
+        answer.enqueue()
+        db.session.commit()
+    work()
+    assert query(database_url, "SELECT result FROM bq_tasks") == [(["decorated", 42],)]
+
+
+OWN_NAMES = [
+    *("queue", "func", "options", "module", "func_name", "signature", "injected", "_required"),
+    *("retry_policy", "retry_exceptions", "auto_complete", "__call__", "__class__"),
+    *(name for name in dir(Processor) if not name.startswith("_")),
+]
+
+
+@pytest.mark.parametrize("name", OWN_NAMES)
+def test_a_functions_attribute_does_not_replace_one_of_the_processors(
+    bq: BeanQueue, name: str
+) -> None:
+    def function(db: Any, width: int) -> int:
+        return width
+
+    function.__dict__[name] = "the function's"
+    processor: Any = bq.processor()(function)
+    assert getattr(processor, name) != "the function's"
+    assert processor.run(width=1).kwargs == {"width": 1}
+    assert processor.using(priority=1)(db=None, width=2) == 2
+
+
+def test_other_attributes_of_a_function_can_be_read_from_its_processor(bq: BeanQueue) -> None:
+    def function() -> None:
+        pass
+
+    function.owner = "the shop"  # type: ignore[attr-defined]
+    processor: Any = bq.processor()(function)
+    assert processor.owner == processor.using(priority=1).owner == "the shop"
+    assert copy.copy(processor).owner == "the shop"
+    with pytest.raises(AttributeError):
+        processor.nothing  # noqa: B018
+
+
+def test_an_object_that_is_called_keeps_its_attributes_to_itself(bq: BeanQueue) -> None:
+    class Job:
+        def __init__(self) -> None:
+            self.__name__ = "job"
+            self.queue = self.run = self.options = None
+
+        def __call__(self, width: int) -> int:
+            return width
+
+    processor: Any = bq.processor(channel="images")(Job())
+    assert processor.run(width=1).channel == "images"
+    assert processor(2) == 2
 
 
 def test_processors_are_found_by_module_and_name(bq: BeanQueue, resize: Any) -> None:
