@@ -2,12 +2,85 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import logging
 import pkgutil
+import types
 import typing as t
 
 from .config import ConfigError
+from .log import log
 from .processor import AnyProcessor
+
+
+class Source(t.NamedTuple):
+    """What tells a processor's function from others of its name."""
+
+    #: All code in it, each with its file. That of the function itself is not enough: all wrappers
+    #: that one decorator makes share it.
+    codes: list[tuple[str, types.CodeType]]
+    file: str
+    line: int
+    module: dict[str, t.Any]
+    #: importlib.reload() runs a module in its old globals, but gives it a new spec.
+    spec: t.Any
+
+    @classmethod
+    def of(cls, processor: AnyProcessor) -> Source:
+        functions = functions_in(processor.func)
+        codes = [(each.__code__.co_filename, each.__code__) for each in functions]
+        if not functions:  # compiled ones
+            return cls(codes, processor.module, 0, {}, None)
+        inner = max(  # and not what a decorator brings along
+            reversed(functions),
+            key=lambda each: (
+                each.__code__.co_name == processor.func_name,
+                each.__globals__.get("__name__") == processor.module,
+            ),
+        )
+        code, module = inner.__code__, inner.__globals__
+        return cls(codes, code.co_filename, code.co_firstlineno, module, module.get("__spec__"))
+
+    def follows(self, other: Source) -> bool:
+        """Tell whether it comes from a later run of the same module, or from later input."""
+        interactive = self.module.get("__name__") == "__main__"
+        if self.file != other.file:
+            return interactive  # each cell of a notebook is a file of its own
+        again = self.module is not other.module or self.spec is not other.spec
+        return again or (interactive and self.line == other.line)  # at the prompt, all are <stdin>
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+def functions_in(func: t.Any) -> list[types.FunctionType]:
+    """List the functions that a callable is made of: its own, and those that decorators hide."""
+    found: list[types.FunctionType] = []
+    left = [func]
+    while left:
+        each = left.pop()
+        each = getattr(each, "__func__", each)  # of a method
+        wrapped = getattr(each, "__wrapped__", None)
+        inside: t.Iterable[t.Any] = ()
+        if isinstance(each, types.FunctionType):
+            if each in found:
+                continue
+            found.append(each)
+            # A wrapper may have taken over the name, and nothing else, of what it calls.
+            if wrapped is None and each.__name__ != each.__code__.co_name:
+                empty = types.CellType()
+                cells = each.__closure__ or ()
+                inside = [cell.cell_contents for cell in cells if cell != empty]
+        elif isinstance(each, functools.partial):
+            inside = [each.func]
+        else:
+            inside = [type(each).__call__, *getattr(each, "__dict__", {}).values()]
+        kinds = (types.FunctionType, types.MethodType)
+        left += [value for value in inside if isinstance(value, kinds)]
+        if wrapped is not None:
+            left.append(wrapped)
+    return found
 
 
 class Registry:
@@ -15,6 +88,7 @@ class Registry:
 
     def __init__(self) -> None:
         self._processors: dict[tuple[str, str], AnyProcessor] = {}
+        self._sources: dict[tuple[str, str], Source] = {}
 
     def __len__(self) -> int:
         return len(self._processors)
@@ -25,19 +99,24 @@ class Registry:
     def add(self, processor: AnyProcessor) -> None:
         """Add a processor.
 
-        :raises ValueError: if another function has that module and name. The same function may
-            come again, as it does where an app factory defines it.
+        The same function may come again, as it does where an app factory defines it, and so may
+        another one where a module is loaded again, or a cell of a notebook.
+
+        :raises ValueError: if there is another function of that module and name beside it.
         """
         key = processor.module, processor.func_name
-        known = self._processors.get(key)
-        if known and getattr(known.func, "__code__", 0) is not getattr(
-            processor.func, "__code__", 1
-        ):
-            raise ValueError(
-                f"There are two processors called {processor.name}. Tasks find theirs by module"
-                " and name: rename one."
-            )
+        source = Source.of(processor)
+        if (known := self._sources.get(key)) is not None:
+            again = known.codes == source.codes
+            if not again and not source.follows(known):
+                raise ValueError(
+                    f"There are two processors called {processor.name}, at {known} and {source}."
+                    " Tasks find theirs by module and name: rename one."
+                )
+            level = logging.INFO if again else logging.WARNING
+            log.log(level, "%s, from %s, replaces that from %s", processor.name, source, known)
         self._processors[key] = processor
+        self._sources[key] = source
 
     def get(self, module: str, func_name: str) -> AnyProcessor | None:
         return self._processors.get((module, func_name))
