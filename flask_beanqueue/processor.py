@@ -19,6 +19,7 @@ from .models import TaskModelMixin
 from .options import Options
 from .queue import Queue
 from .retry import RetryPolicy, check_policy
+from .signature import signature_of
 
 P = t.ParamSpec("P")
 R = t.TypeVar("R")
@@ -102,15 +103,17 @@ class Processor(t.Generic[P, R_co]):
         if not isinstance(auto_complete, bool):
             raise TypeError(f"auto_complete must be true or false, not {auto_complete!r}")
         try:
-            signature = inspect.signature(func)
+            signature = signature_of(func)
         except ValueError:
             raise TypeError(f"{self.name} does not say its parameters. Write a def.") from None
         for parameter in signature.parameters.values():
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
                 raise TypeError(
                     f"{self.name}: a task's arguments are stored by name, so the parameter"
-                    f" {str(parameter).split(':')[0]!r} must be one that can be passed by name."
+                    f" {str(parameter).split(':')[0]!r} must be one that can be passed by name. If"
+                    " it is a decorator's, let that use functools.wraps and pass **kwargs on."
                 )
+        self._whole = signature
         self.injected = tuple(name for name in INJECTED if name in signature.parameters)
         self.signature = signature.replace(
             parameters=[
@@ -137,9 +140,8 @@ class Processor(t.Generic[P, R_co]):
         missing = [name for name in self.injected if name not in kwargs]
         if args and missing:
             # Positions count as in the function, or else as in run(), without what is filled in.
-            whole = inspect.signature(self.func)
             try:
-                whole.bind(*args, **kwargs)
+                self._whole.bind(*args, **kwargs)
                 missing = []
             except TypeError:
                 named = {name: kwargs.pop(name) for name in self.injected if name in kwargs}

@@ -26,7 +26,7 @@ FLOORS = """
     queries
     models
     marks reloader fanout
-    bell listen signals retry
+    bell listen signals retry signature
     connection
     log
     arguments options config claim errors shutdown version watchdog
