@@ -24,6 +24,7 @@ from .options import check_aware
 from .processor import AnyProcessor
 from .queries import Queries
 from .queue import Queue
+from .retry import SQL
 
 #: Seconds before a task whose processor nobody knew is offered again, at most.
 UNKNOWN_DELAY = 10.0
@@ -165,7 +166,9 @@ def failed(
     try:
         if not isinstance(error, processor.retry_exceptions):
             return outcome
-        verdict = processor.retry_policy(get_task())
+        verdict: t.Any = processor.retry_policy(get_task())
+        if isinstance(verdict, SQL):
+            verdict = processor.queue.evaluate(claim, verdict)
         if isinstance(verdict, datetime.timedelta):
             # now() + delay must stay a date that Python can read.
             outcome.delay = min(max(verdict.total_seconds(), 0.0), 100 * 365 * 86400.0)
@@ -174,14 +177,16 @@ def failed(
             outcome.scheduled_at = verdict
         elif verdict is not None:
             raise TypeError(
-                "A retry policy answers a timedelta, a datetime with a time zone, or None, not"
-                f" {verdict!r}"
+                "A retry policy answers a timedelta, a datetime with a time zone, SQL for one of"
+                f" them, or None, not {verdict!r}"
             )
     except BaseException as problem:
         if is_interruption(problem, claim.losses):
             return interrupted(claim, problem, alone=True)
         both = f"{trace(error)}\nIts retry policy failed:\n{trace(problem)}"
         outcome.traceback = storable_text(both, TRACEBACK_LENGTH)
+        message = f"{outcome.error_message} (its retry policy failed: {describe(problem)})"
+        outcome.error_message = storable_text(message, MESSAGE_LENGTH)
         log.exception("The retry policy of %s failed", claim.label, extra=claim.log_extra())
         return outcome
     if verdict is not None:

@@ -534,6 +534,12 @@ class Queries:
         wanted = {"id": claim.key, "claims": claim.claims, "largest": largest}
         return connection.execute(self._arguments, wanted).scalar()
 
+    def evaluate(self, connection: Connection, claim: Claim, expression: t.Any) -> t.Any:
+        """Return what an SQL expression comes to in a task's row, whose columns it may name."""
+        tasks = self.models.task.__table__
+        statement = sa.select(expression).select_from(tasks).where(tasks.c.id == claim.id)
+        return connection.execute(statement).scalar_one()
+
     def look(
         self,
         connection: Connection,

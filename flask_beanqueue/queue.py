@@ -140,6 +140,15 @@ class Queue:
                 injected[name] = self.db.session.begin_nested()
         return injected
 
+    def evaluate(self, claim: Claim, expression: t.Any) -> t.Any:
+        """Return what an SQL expression comes to, for the task of a claim. Ends the session's
+        transaction."""
+        session = self.db.session()
+        try:
+            return self.queries.evaluate(self.connection(session), claim, expression)
+        finally:
+            session.rollback()
+
     def insert_many(
         self, module: str, func_name: str, options: Options, kwargs: t.Sequence[str]
     ) -> list[uuid.UUID]:

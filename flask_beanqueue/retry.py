@@ -7,10 +7,15 @@ import math
 import random
 import typing as t
 
+import sqlalchemy as sa
+
 from .options import check_count
 
 #: What a policy answers: after how long, or when (with a time zone), or None for never.
-Verdict = datetime.timedelta | datetime.datetime | None
+Time = datetime.timedelta | datetime.datetime | None
+#: It may also be SQL that comes to one of them, such as ``func.now() + timedelta(seconds=1)``.
+Verdict = Time | sa.SQLColumnExpression[t.Any] | sa.TextClause
+SQL = (sa.ClauseElement, sa.SQLColumnExpression)
 
 
 class Attempted(t.Protocol):

@@ -742,7 +742,8 @@ def test_a_policy_that_ends_programs_ends_only_the_task(
         db.session.commit()
     work()
     task = only_task(app, bq)
-    assert (task.state, task.error_message) == ("FAILED", "ValueError: first")
+    assert task.state == "FAILED"
+    assert task.error_message == "ValueError: first (its retry policy failed: SystemExit: policy)"
 
 
 def test_an_app_context_that_cannot_be_pushed_fails_the_task(

@@ -191,6 +191,8 @@ NO_LITERALS = {
     ("cli", "ask", "function"),
     ("queries", "check_tables", "nothing"),
     ("queries", "check_tables", "sa.insert(table).from_select(['id'], nothing)"),
+    # With what the app's own retry policy answers.
+    ("queries", "evaluate", "statement"),
     # A constant of queries.
     ("notify", "notify", "NOTIFY"),
     # With the names of the tables, quoted.

@@ -53,7 +53,11 @@ MESSAGES = {
     ),
     "insert_after_its_end": ("DONE", None),
     "raise_several_after_its_end": ("DONE", None),
-    "ask_policy": ("FAILED", "ValueError: no good"),
+    "ask_policy": (
+        "FAILED",
+        "ValueError: no good (its retry policy failed: IntegrityError: duplicate key value violates"
+        ' unique constraint "unique_pkey")',
+    ),
     "receive": ("DONE", None),
     "tear_down": ("DONE", None),
     "answer_object": ("DONE", None),

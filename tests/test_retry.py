@@ -15,7 +15,7 @@ from flask_sqlalchemy import SQLAlchemy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flask_beanqueue import BeanQueue, DelayRetry, ExponentialBackoffRetry, LimitAttempt
+from flask_beanqueue import BeanQueue, DelayRetry, ExponentialBackoffRetry, LimitAttempt, outcome
 
 from .probe import query
 
@@ -312,6 +312,134 @@ def test_a_delay_that_never_ends_can_be_stored(fail_with: Any) -> None:
     assert task.scheduled_at.year >= 2100
 
 
+# A policy may answer SQL, for the database to say when.
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        sa.func.now() + HOUR,
+        sa.func.clock_timestamp() + HOUR,
+        sa.text("now() + interval '1 hour'"),
+        sa.cast("1 hour", sa.Interval),
+        sa.func.make_interval(0, 0, 0, 0, 1),
+        sa.select(sa.func.now() + HOUR).scalar_subquery(),
+        sa.case((sa.true(), sa.func.now() + HOUR), else_=None),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("limited", [False, True])
+def test_a_policy_may_answer_sql(
+    fail_with: Any, database_url: str, expression: Any, limited: bool
+) -> None:
+    def policy(task: Any) -> Any:
+        return expression
+
+    task = fail_with(ValueError(), retry_policy=LimitAttempt(2, policy) if limited else policy)
+    assert (task.state, task.attempts, task.error_message) == ("PENDING", 1, "ValueError")
+    sql = (
+        "SELECT scheduled_at - now() BETWEEN interval '59 minutes' AND interval '1 hour'"
+        " FROM bq_tasks"
+    )
+    assert query(database_url, sql) == [(True,)]
+    assert event_types(task) == ["RETRIED"]
+    assert task.events[0].scheduled_at == task.scheduled_at
+
+
+@pytest.mark.parametrize(
+    "expression", [sa.null(), sa.cast(sa.null(), sa.DateTime(timezone=True))], ids=str
+)
+def test_a_null_is_never(fail_with: Any, expression: Any) -> None:
+    task = fail_with(ValueError("no good"), retry_policy=lambda task: expression)
+    assert (task.state, task.error_message) == ("FAILED", "ValueError: no good")
+
+
+@pytest.mark.parametrize("expression", [sa.func.now() - HOUR, sa.literal(-HOUR)], ids=str)
+def test_a_time_of_sql_that_has_passed_is_now(fail_with: Any, expression: Any) -> None:
+    task = fail_with(ValueError(), retry_policy=LimitAttempt(2, lambda task: expression))
+    assert (task.state, task.attempts) == ("FAILED", 2)
+
+
+def test_an_expression_may_use_the_columns_of_its_task(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work
+) -> None:
+    @bq.processor(channel="a", retry_policy=lambda task: bq.Task.created_at + HOUR)
+    def fail() -> None:
+        raise ValueError
+
+    @bq.processor(channel="b", retry_policy=lambda task: bq.Task.created_at)
+    def fail_at_once(task: Any) -> None:
+        if task.attempts == 0:
+            raise ValueError
+
+    with app.app_context():
+        for number in range(3):  # which is the row that has been there for longest
+            fail.enqueue().created_at = sa.func.now() + number * HOUR
+        fail_at_once.enqueue()
+        db.session.commit()
+    work()
+    with app.app_context():
+        for task in db.session.scalars(sa.select(bq.Task)):
+            if task.func_name == "fail":
+                assert task.scheduled_at == task.created_at + HOUR
+            else:
+                assert (task.state, task.attempts) == ("DONE", 2)
+
+
+def test_nothing_of_the_attempt_comes_back_with_the_answer_of_sql(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work, database_url: str
+) -> None:
+    began: list[bool] = []
+
+    def policy(task: Any) -> Any:
+        db.session.add(Note(text="of the policy"))
+        return sa.func.now() + HOUR
+
+    @app.teardown_appcontext
+    def look(error: BaseException | None) -> None:
+        began.append(db.session.registry.has() and db.session.registry().in_transaction())
+
+    @bq.processor(retry_policy=policy)
+    def fail(db: Any) -> None:
+        db.add(Note(text="of the attempt"))
+        db.flush()
+        raise ValueError
+
+    with app.app_context():
+        fail.enqueue()
+        db.session.commit()
+    began.clear()
+    work()
+    assert began
+    assert not any(began)
+    assert query(database_url, "SELECT state, (SELECT count(*) FROM note) FROM bq_tasks") == [
+        ("PENDING", 0)
+    ]
+
+
+def test_an_expression_whose_connection_is_lost_is_no_failure(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outcome, "INTERRUPTION_DELAY", 0.0)
+    asked = []
+
+    def policy(task: Any) -> Any:
+        asked.append(task.id)
+        return sa.func.pg_terminate_backend(sa.func.pg_backend_pid()) if len(asked) == 1 else None
+
+    @bq.processor(retry_policy=policy)
+    def fail() -> None:
+        raise ValueError
+
+    with app.app_context():
+        fail.enqueue()
+        db.session.commit()
+    work()
+    with app.app_context():
+        task = db.session.scalars(sa.select(bq.Task)).one()
+        assert event_types(task) == ["INTERRUPTED", "FAILED"]
+
+
 def raises(task: Any) -> None:
     raise ZeroDivisionError("in the policy")
 
@@ -320,28 +448,49 @@ def raises(task: Any) -> None:
     ("policy", "logged"),
     [
         (raises, "ZeroDivisionError: in the policy"),
-        (lambda task: 5, "answers a timedelta, a datetime with a time zone, or None, not 5"),
-        (lambda task: True, "a timedelta, a datetime with a time zone, or None, not True"),
+        (lambda task: 5, "a datetime with a time zone, SQL for one of them, or None, not 5"),
+        (lambda task: True, "SQL for one of them, or None, not True"),
         (lambda task: DelayRetry(HOUR), "or None, not <flask_beanqueue.retry.DelayRetry object"),
         (lambda task: datetime.datetime(2100, 1, 1), "has no time zone"),
         (lambda task: datetime.datetime.max.replace(tzinfo=datetime.UTC), "is out of range"),
         (lambda: None, "takes 0 positional arguments"),
+        (lambda task: sa.func.localtimestamp(), "has no time zone"),
+        (lambda task: sa.func.now().op("AT TIME ZONE")("UTC"), "has no time zone"),
+        (lambda task: sa.func.current_date(), "or None, not datetime.date("),
+        (lambda task: sa.literal(5), "SQL for one of them, or None, not 5"),
+        (lambda task: sa.literal("1 hour"), "SQL for one of them, or None, not '1 hour'"),
+        (lambda task: sa.func.nothing(), "function nothing() does not exist"),
+        (lambda task: sa.text("SELECT now()"), "syntax error"),
+        (lambda task: sa.literal(1) / 0, "division by zero"),
+        (lambda task: sa.text("generate_series(1, 2)"), "Multiple rows"),
+        (lambda task: sa.text("timestamptz 'infinity'"), ""),
+        (lambda task: sa.text("timestamptz '4713-01-01 BC'"), ""),
+        (lambda task: sa.bindparam("when"), "A value is required for bind parameter"),
     ],
 )
-def test_a_policy_that_fails_leaves_its_task_failed_with_its_own_error(
+def test_a_policy_that_fails_leaves_its_task_failed_and_says_why(
     fail_with: Any, policy: Any, logged: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     task = fail_with(ValueError("no good"), retry_policy=policy)
-    assert (task.state, task.error_message) == ("FAILED", "ValueError: no good")
+    assert task.state == "FAILED"
+    assert task.error_message.startswith("ValueError: no good (its retry policy failed: ")
+    assert logged in task.error_message
     assert event_types(task) == ["FAILED"]
     [event] = task.events
+    assert event.error_message == task.error_message
     assert "ValueError: no good\n\nIts retry policy failed:\nTraceback" in event.traceback
     assert logged in event.traceback
-    [record] = [each for each in caplog.records if "retry policy" in each.getMessage()]
+    [record] = [each for each in caplog.records if "The retry policy" in each.getMessage()]
     assert record.getMessage() == f"The retry policy of {__name__}.fail {task.id} failed"
     assert record.levelname == "ERROR"
     assert record.task_id == str(task.id)  # type: ignore[attr-defined]
     assert logged in caplog.text
+
+
+def test_a_long_message_leaves_room_for_what_the_policy_says(fail_with: Any) -> None:
+    task = fail_with(ValueError("x" * 5_000), retry_policy=raises)
+    assert len(task.error_message) < 2_100
+    assert task.error_message.endswith("policy failed: ZeroDivisionError: in the policy)")
 
 
 @pytest.mark.parametrize("error", [SystemExit(1), KeyboardInterrupt()])
@@ -352,7 +501,8 @@ def test_a_policy_that_would_end_the_program_does_not(
         raise error
 
     task = fail_with(ValueError("no good"), retry_policy=policy)
-    assert (task.state, task.error_message) == ("FAILED", "ValueError: no good")
+    assert task.state == "FAILED"
+    assert task.error_message.startswith("ValueError: no good (its retry policy failed: ")
 
 
 def test_a_policy_may_ask_the_database(fail_with: Any, db: SQLAlchemy, bq: BeanQueue) -> None:

@@ -10,6 +10,7 @@ import datetime
 import typing as t
 import uuid
 
+import sqlalchemy as sa
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.orm import Session, SessionTransaction
@@ -193,6 +194,18 @@ def with_exceptions() -> None: ...
 
 @bq.processor(retry_policy=lambda task: datetime.timedelta(task.attempts))
 def with_own_policy() -> None: ...
+
+
+@bq.processor(retry_policy=lambda task: sa.func.now() + datetime.timedelta(seconds=1))
+def with_sql() -> None: ...
+
+
+def answers_sql(task: TaskModelMixin) -> sa.ColumnElement[datetime.datetime]:
+    return sa.func.now() + datetime.timedelta(seconds=task.attempts)
+
+
+@bq.processor(retry_policy=LimitAttempt(3, answers_sql))
+def with_limited_sql() -> None: ...
 
 
 @bq.processor(retry_policy=lambda task: 5)  # type: ignore[arg-type, return-value]
