@@ -13,8 +13,23 @@ LARGEST = 2**27
 #: How many times as long a text is at most when it comes back: ``5e-324, ``, with all its zeros.
 GROWTH = 50
 
+
+def refuse(value: t.Any) -> t.NoReturn:
+    """Say of what type a value is that JSON does not know; json itself believes its ``__class__``.
+
+    :raises TypeError: always.
+    """
+    kind, pretended = type(value), value.__class__
+    if kind is not pretended:
+        raise TypeError(
+            f"it is no {pretended.__name__}, but a {kind.__name__} of one; what is behind a"
+            " LocalProxy is its _get_current_object()"
+        )
+    raise TypeError(f"Object of type {kind.__name__} is not JSON serializable")
+
+
 #: json.dumps would make one anew for each value.
-ENCODER = json.JSONEncoder(allow_nan=False, ensure_ascii=True)
+ENCODER = json.JSONEncoder(allow_nan=False, ensure_ascii=True, default=refuse)
 
 
 class ArgumentError(TypeError):

@@ -24,6 +24,12 @@ class Options:
     delay: datetime.timedelta | None = None
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if type(value) is not value.__class__:
+                raise TypeError(
+                    f"{name} is no {value.__class__.__name__}, but a {type(value).__name__} of one."
+                    " Give what is behind it: that of a LocalProxy is its _get_current_object()."
+                )
         check_channel(self.channel)
         if not is_whole(self.priority) or not -(2**31) <= self.priority < 2**31:
             raise ValueError(f"priority must be a whole number of 32 bits, not {self.priority!r}")

@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import functools
 import inspect
+import types
 import typing as t
 import uuid
 from collections import abc
@@ -43,6 +44,42 @@ def check_exceptions(exceptions: t.Any) -> None:
                 f"retry_exceptions must be an exception class or a tuple of them, not"
                 f" {exceptions!r}"
             )
+
+
+def signature_for(name: str, func: t.Any) -> inspect.Signature:
+    """Return the signature of a processor's function.
+
+    :raises TypeError: if it is none that a task could call.
+    """
+    outside = "Write a def outside of the class, or put @staticmethod above @bq.processor(…)."
+    if isinstance(func, types.MethodType):
+        raise TypeError(
+            f"{name} is a method of {func.__self__!r}, which a worker has to make or find for"
+            " itself. Write a def in a module that does so, and calls it."
+        )
+    if not callable(func):
+        raise TypeError(f"{name} is a {type(func).__name__}, and no function. {outside}")
+    if inspect.iscoroutinefunction(func):
+        raise TypeError(
+            f"{name} is a coroutine function. A processor is an ordinary function; call"
+            " asyncio.run(…) inside one."
+        )
+    if inspect.isgeneratorfunction(func) or inspect.isasyncgenfunction(func):
+        raise TypeError(f"{name} is a generator function: nothing in it would run.")
+    try:
+        signature = signature_of(func)
+    except ValueError:
+        raise TypeError(f"{name} does not say its parameters. Write a def.") from None
+    if (first := next(iter(signature.parameters), None)) in ("self", "cls"):
+        raise TypeError(f"{name} is a method, whose {first!r} no task could give. {outside}")
+    for parameter in signature.parameters.values():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
+            raise TypeError(
+                f"{name}: a task's arguments are stored by name, so the parameter"
+                f" {str(parameter).split(':')[0]!r} must be one that can be passed by name. If it"
+                " is a decorator's, let that use functools.wraps and pass **kwargs on."
+            )
+    return signature
 
 
 class Processor(t.Generic[P, R_co]):
@@ -82,18 +119,11 @@ class Processor(t.Generic[P, R_co]):
         if not all(getattr(func, name, None) for name in ("__name__", "__module__")):
             raise TypeError(
                 f"{func!r} has no name or no module, by which its tasks could find it. Write a def"
-                " in a module."
+                " in a module that calls it."
             )
         self.module = func.__module__
         self.func_name = func.__name__
         functools.update_wrapper(self, func, updated=())
-        if not callable(func) or inspect.iscoroutinefunction(func):
-            raise TypeError(
-                f"{self.name} is a coroutine function. A processor is an ordinary function;"
-                " call asyncio.run(…) inside one."
-            )
-        if inspect.isgeneratorfunction(func) or inspect.isasyncgenfunction(func):
-            raise TypeError(f"{self.name} is a generator function: nothing in it would run.")
         check_policy(retry_policy)
         check_exceptions(self.retry_exceptions)
         if retry_policy is None and retry_exceptions is not None:
@@ -102,17 +132,7 @@ class Processor(t.Generic[P, R_co]):
             )
         if not isinstance(auto_complete, bool):
             raise TypeError(f"auto_complete must be true or false, not {auto_complete!r}")
-        try:
-            signature = signature_of(func)
-        except ValueError:
-            raise TypeError(f"{self.name} does not say its parameters. Write a def.") from None
-        for parameter in signature.parameters.values():
-            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
-                raise TypeError(
-                    f"{self.name}: a task's arguments are stored by name, so the parameter"
-                    f" {str(parameter).split(':')[0]!r} must be one that can be passed by name. If"
-                    " it is a decorator's, let that use functools.wraps and pass **kwargs on."
-                )
+        signature = signature_for(self.name, func)
         self._whole = signature
         self.injected = tuple(name for name in INJECTED if name in signature.parameters)
         self.signature = signature.replace(

@@ -15,6 +15,7 @@ import json
 import tracemalloc
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import sqlalchemy as sa
@@ -22,6 +23,7 @@ from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from werkzeug.local import LocalProxy
 
 from flask_beanqueue import ArgumentError, BeanQueue, arguments
 
@@ -53,6 +55,11 @@ NO_ARGUMENT = {
     "a decimal": (decimal.Decimal("1.5"), "Object of type Decimal is not JSON serializable"),
     "a member of an enum": (Color.RED, "Object of type Color is not JSON serializable"),
     "an object that cannot be printed": (Unprintable(), "Object of type Unprintable is not JSON"),
+    "a proxy for text": (LocalProxy(lambda: "a"), "it is no str, but a LocalProxy of one; what"),
+    "a proxy in a list": ([LocalProxy(list)], "it is no list, but a LocalProxy of one; what"),
+    "a proxy for an object": (LocalProxy(object), "it is no object, but a LocalProxy of one; what"),
+    "a proxy for nothing": (LocalProxy(lambda: {}["a"]), "it raises KeyError: 'a'"),
+    "a mock": (mock.Mock(spec=str), "it is no str, but a Mock of one; what"),
     "a tuple as a key": ({(1, 2): 3}, "keys must be str, int, float, bool or None, not tuple"),
     "NaN": (float("nan"), "NaN and Infinity are not JSON compliant"),
     "Infinity": ([float("inf")], "NaN and Infinity are not JSON compliant"),

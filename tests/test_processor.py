@@ -14,6 +14,7 @@ import pytest
 import sqlalchemy as sa
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
+from werkzeug.local import LocalProxy
 
 from flask_beanqueue import ArgumentError, BeanQueue, DelayRetry, Processor
 
@@ -160,6 +161,53 @@ def test_a_coroutine_function_is_refused(bq: BeanQueue) -> None:
 
     with pytest.raises(TypeError, match=r"\.resize is a coroutine function.*asyncio\.run"):
         bq.processor()(resize)
+
+
+def test_a_method_is_refused_with_the_way_out(bq: BeanQueue) -> None:
+    way_out = r"Write a def outside of the class, or put @staticmethod above @bq\.processor"
+    for first in ("self", "cls"):
+        function = {"self": lambda self, width: width, "cls": lambda cls, width: width}[first]
+        function.__name__ = "resize"
+        with pytest.raises(TypeError, match=rf"\.resize is a method.* {first!r}.* {way_out}"):
+            bq.processor()(function)
+    with pytest.raises(TypeError, match=rf"\.resize is a classmethod.* {way_out}"):
+
+        class Images:
+            @bq.processor()  # type: ignore[arg-type]
+            @classmethod
+            def resize(cls, width: int) -> int:
+                return width
+
+
+def test_a_method_of_an_object_is_refused_with_the_way_out(bq: BeanQueue) -> None:
+    class Images:
+        def resize(self, width: int) -> int:
+            return width
+
+        @classmethod
+        def enlarge(cls, width: int) -> int:
+            return width
+
+    for method in (Images().resize, Images.enlarge):
+        with pytest.raises(TypeError, match=r"is a method of .*Images.*Write a def .* calls it"):
+            bq.processor()(method)
+
+
+def test_a_static_method_is_a_function_also_above_or_below(bq: BeanQueue) -> None:
+    class Images:
+        @bq.processor()
+        @staticmethod
+        def resize(width: int) -> int:
+            return width
+
+        @staticmethod
+        @bq.processor()
+        def enlarge(width: int) -> int:
+            return width
+
+    for processor in (Images.resize, Images().enlarge):
+        assert processor.run(width=1).kwargs == {"width": 1}
+        assert processor(width=2) == 2
 
 
 def test_a_builtin_whose_parameters_nobody_knows_is_refused(bq: BeanQueue) -> None:
@@ -428,6 +476,9 @@ def test_a_delay_that_is_over_is_no_delay(
         ({"scheduled_at": 0}, TypeError, "scheduled_at must be a datetime.datetime, not 0"),
         ({"scheduled_at": HOUR}, TypeError, "scheduled_at must be a datetime.datetime, not"),
         ({"delay": NOON}, TypeError, "delay must be a datetime.timedelta, not"),
+        ({"channel": LocalProxy(lambda: "a")}, TypeError, "channel is no str, but a LocalProxy of"),
+        ({"priority": LocalProxy(lambda: 1)}, TypeError, "priority is no int, but a LocalProxy o"),
+        ({"delay": LocalProxy(lambda: HOUR)}, TypeError, r"no timedelta, .* _get_current_object"),
         ({"delay": False}, TypeError, "delay must be a datetime.timedelta, not False"),
     ],
 )
@@ -577,8 +628,15 @@ def test_a_plain_call_takes_positions_as_run_does(
 
 
 def test_what_has_no_name_is_no_processor(bq: BeanQueue) -> None:
-    with pytest.raises(TypeError, match="has no name"):
-        bq.processor()(functools.partial(print, "x"))
+    class AsyncToSync:
+        """Of the kind that app.ensure_sync returns for a coroutine function."""
+
+        def __call__(self, width: int) -> int:
+            return width
+
+    for nameless in (functools.partial(print, "x"), AsyncToSync(), property(AsyncToSync())):
+        with pytest.raises(TypeError, match=r"has no name.* Write a def in a module that calls it"):
+            bq.processor()(nameless)  # type: ignore[call-overload]
     nowhere = types.FunctionType((lambda: None).__code__, {})
     with pytest.raises(TypeError, match="has no name"):
         bq.processor()(nowhere)
