@@ -28,6 +28,9 @@ from .queue import Queue
 from .registry import Registry, import_packages
 from .retry import RetryPolicy
 
+if t.TYPE_CHECKING:
+    from .models import BQTask
+
 
 class BeanQueue(Queue):
     """A task queue in the PostgreSQL of a Flask app.
@@ -400,4 +403,4 @@ def _current_task() -> t.Any:
 
 
 #: The ``bq.Task`` that is being done, anywhere below its processor.
-current_task: t.Any = LocalProxy(_current_task)
+current_task = t.cast("BQTask", LocalProxy(_current_task))

@@ -336,12 +336,32 @@ class EventModelRefTaskMixin:
         )
 
 
+if t.TYPE_CHECKING:
+    # What bq.Task, bq.Worker and bq.Event are to type checkers. The real ones derive from the app's
+    # own db.Model, or are the app's own.
+
+    class Mapping(Model, sa_orm.DeclarativeBase):
+        __table__: t.ClassVar[sa.Table]
+
+    class BQTask(
+        TaskModelMixin,
+        TaskModelRefWorkerMixin,
+        TaskModelRefParentMixin,
+        TaskModelRefEventMixin,
+        Mapping,
+    ): ...
+
+    class BQWorker(WorkerModelMixin, WorkerRefMixin, Mapping): ...
+
+    class BQEvent(EventModelMixin, EventModelRefTaskMixin, Mapping): ...
+
+
 class Models(t.NamedTuple):
     """The three models of one queue."""
 
-    task: t.Any
-    worker: t.Any
-    event: t.Any
+    task: type[BQTask]
+    worker: type[BQWorker]
+    event: type[BQEvent]
 
     @property
     def tables(self) -> list[sa.Table]:

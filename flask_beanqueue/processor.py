@@ -12,7 +12,7 @@ import typing as t
 import uuid
 from collections import abc
 
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm import Session, SessionTransaction, scoped_session
 
 from .arguments import ArgumentError, to_json_arguments
 from .claim import current_task_id
@@ -22,14 +22,18 @@ from .queue import Queue
 from .retry import RetryPolicy, check_policy
 from .signature import signature_of
 
+if t.TYPE_CHECKING:
+    from .models import BQTask
+
 P = t.ParamSpec("P")
 R = t.TypeVar("R")
 R_co = t.TypeVar("R_co", covariant=True)
 
 # The types of ``db``, ``task`` and ``savepoint``, in any order.
-A = t.TypeVar("A", bound=Session | TaskModelMixin | SessionTransaction)
-B = t.TypeVar("B", bound=Session | TaskModelMixin | SessionTransaction)
-C = t.TypeVar("C", bound=Session | TaskModelMixin | SessionTransaction)
+Filled = Session | scoped_session[t.Any] | TaskModelMixin | SessionTransaction
+A = t.TypeVar("A", bound=Filled)
+B = t.TypeVar("B", bound=Filled)
+C = t.TypeVar("C", bound=Filled)
 
 #: Parameters that the queue fills in, if the function names them.
 INJECTED = ("db", "task", "savepoint")
@@ -199,14 +203,14 @@ class Processor(t.Generic[P, R_co]):
         other.options = dataclasses.replace(self.options, **changes)
         return other
 
-    def run(self, /, *args: P.args, **kwargs: P.kwargs) -> TaskModelMixin:
+    def run(self, /, *args: P.args, **kwargs: P.kwargs) -> BQTask:
         """Make a task for this processor. It is in no session yet.
 
         :return: a ``bq.Task``; add it, or a row that refers to it, to a session.
         :raises ArgumentError: if the arguments do not fit the processor's parameters, or cannot
             be encoded as JSON.
         """
-        task: TaskModelMixin = self.queue.Task(
+        task = self.queue.Task(
             channel=self.options.channel,
             module=self.module,
             func_name=self.func_name,
@@ -219,7 +223,7 @@ class Processor(t.Generic[P, R_co]):
             task.parent_id = parent_id
         return task
 
-    def enqueue(self, /, *args: P.args, **kwargs: P.kwargs) -> TaskModelMixin:
+    def enqueue(self, /, *args: P.args, **kwargs: P.kwargs) -> BQTask:
         """Make a task and add it to ``db.session``; the session's commit hands it over.
 
         :raises ArgumentError: as :meth:`run` does.
@@ -295,9 +299,10 @@ class Decorator(t.Protocol):
     """What :meth:`BeanQueue.processor` returns, for type checkers.
 
     They cannot go by the names of parameters, so they take ``db``, ``task`` and ``savepoint`` off
-    where these come first, annotated as ``Session``, :class:`TaskModelMixin` (or an own model) and
-    ``SessionTransaction``. In second place, beside ``**kwargs``, or annotated as ``Any``, they let
-    any arguments pass.
+    where these come first, annotated as ``Session`` (or ``scoped_session``),
+    :class:`TaskModelMixin` (or an own model) and ``SessionTransaction``. In second place, beside
+    ``**kwargs``, or annotated as ``Any``, they let any arguments pass. Elsewhere, also behind a
+    ``*``, they take them for arguments of the task.
     """
 
     @t.overload

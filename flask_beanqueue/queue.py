@@ -16,6 +16,9 @@ from .models import PROCESSING, Models, uuid7s
 from .options import Options
 from .queries import Queries
 
+if t.TYPE_CHECKING:
+    from .models import BQEvent, BQTask, BQWorker
+
 
 class Queue:
     """What processors, the fence, the executor and the worker share of a :class:`BeanQueue`.
@@ -58,17 +61,17 @@ class Queue:
         return self._queries
 
     @property
-    def Task(self) -> t.Any:
+    def Task(self) -> type[BQTask]:
         """The model of the tasks."""
         return self.models.task
 
     @property
-    def Worker(self) -> t.Any:
+    def Worker(self) -> type[BQWorker]:
         """The model of the workers."""
         return self.models.worker
 
     @property
-    def Event(self) -> t.Any:
+    def Event(self) -> type[BQEvent]:
         """The model of the events."""
         return self.models.event
 

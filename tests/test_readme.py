@@ -214,6 +214,18 @@ def test_own_tables_work(
         del sys.modules["app"]
 
 
+def test_the_page_on_typing_is_what_type_checkers_read() -> None:
+    page = (ROOT / "docs" / "typing.md").read_text()
+    found = blocks("python", "", "# " + page.replace("\n## ", "\n### "))
+    read = (ROOT / "tests" / "typing" / "page.py").read_text()
+    assert "".join(read.split("# What the page says")[0].split()).endswith(
+        "".join("".join(found).split())
+    )
+    module: dict[str, Any] = {"__name__": "page"}
+    exec("".join(found), module)
+    assert module["resize"].run(width=1).kwargs == {"width": 1}
+
+
 def test_the_configuration_table_is_the_configuration() -> None:
     section = README.partition("## Configuration")[2].partition("\n## ")[0]
     listed = {

@@ -13,7 +13,7 @@ import uuid
 import sqlalchemy as sa
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.orm import Session, SessionTransaction, scoped_session
 
 from flask_beanqueue import (
     BeanQueue,
@@ -21,7 +21,11 @@ from flask_beanqueue import (
     ExponentialBackoffRetry,
     LimitAttempt,
     TaskModelMixin,
+    current_task,
 )
+
+if t.TYPE_CHECKING:
+    from flask_beanqueue.models import BQTask
 
 db = SQLAlchemy()
 bq = BeanQueue(db=db)
@@ -44,6 +48,16 @@ def plain(width: int, *, name: str = "") -> None: ...
 @bq.processor()
 def with_db(db: Session, width: int) -> list[int]:
     return [width]
+
+
+@bq.processor()
+def with_scoped_session(db: scoped_session[Session], task: TaskModelMixin, width: int) -> None: ...
+
+
+@bq.processor()
+def with_scoped_session_last(
+    task: TaskModelMixin, db: scoped_session[Session], width: int
+) -> None: ...
 
 
 @bq.processor()
@@ -72,6 +86,8 @@ resize.enqueue(width=1, height=2)
 plain.run(1)
 plain.enqueue(width=1, name="a")
 with_db.run(width=1)
+with_scoped_session.run(width=1)
+with_scoped_session_last.run(1)
 with_task.run(width=1)
 with_savepoint.run(width=1)
 with_task_before_db.run(width=1)
@@ -86,6 +102,8 @@ resize.enqueue(db.session(), width=1)  # type: ignore[misc, arg-type]
 resize.using(priority=1).enqueue(wide=1)  # type: ignore[call-arg]
 plain.run(1, "a")  # type: ignore[call-arg]
 with_db.run(db=db.session(), width=1)  # type: ignore[call-arg]
+with_scoped_session.run(db.session, width=1)  # type: ignore[misc, arg-type]
+with_scoped_session_last.run("wide")  # type: ignore[arg-type]
 with_task.run(task=resize.run(1), width=1)  # type: ignore[call-arg]
 with_savepoint.enqueue("wide")  # type: ignore[arg-type]
 with_task_before_db.enqueue("wide")  # type: ignore[arg-type]
@@ -95,11 +113,27 @@ with_nothing_at_all.enqueue(1)  # type: ignore[call-arg]
 
 # What comes back.
 
-t.assert_type(resize.run(1), TaskModelMixin)
-t.assert_type(resize.enqueue(1), TaskModelMixin)
+t.assert_type(resize.run(1), BQTask)
+t.assert_type(resize.enqueue(1), BQTask)
 t.assert_type(resize.run(1).id, uuid.UUID)
 t.assert_type(resize.enqueue_many([{"width": 1}]), list[uuid.UUID])
 t.assert_type(resize.enqueue_many({"width": width} for width in range(3)), list[uuid.UUID])
+
+
+# The models.
+
+t.assert_type(bq.Task, type[BQTask])
+t.assert_type(bq.Task.state == "DONE", sa.ColumnElement[bool])
+t.assert_type(bq.Task(channel="images", module="app", name="resize").state, str)
+t.assert_type(db.session.get(bq.Task, uuid.uuid4()), BQTask | None)
+t.assert_type(bq.Worker.last_heartbeat < sa.func.now(), sa.ColumnElement[bool])
+t.assert_type(bq.Event.__table__, sa.Table)
+t.assert_type(current_task, BQTask)
+t.assert_type(current_task.parent_id, uuid.UUID | None)
+current_task.scheduled_at = datetime.datetime.now(datetime.UTC)
+current_task.state = 5  # type: ignore[assignment]
+bq.Task.status  # type: ignore[attr-defined]  # noqa: B018
+db.session.scalars(sa.select(bq.Event).where(bq.Event.task_id == resize.run(1).id))
 
 
 # Plain calls, with what the worker fills in given or left out.
@@ -128,7 +162,17 @@ with_own.run(width=1)
 with_own.run("wide")  # type: ignore[arg-type]
 
 
-# Where a type checker cannot know, it says nothing.
+# Where they come last, a type checker takes them for arguments of the task.
+
+
+@bq.processor()
+def with_names_last(width: int, *, db: Session, task: TaskModelMixin) -> None: ...
+
+
+with_names_last.run(width=1)  # type: ignore[call-arg]
+
+
+# Where it cannot know, it says nothing.
 
 
 @bq.processor()
@@ -165,7 +209,7 @@ with_db_in_second_place.run(width=1)
 answers_anything.run(width=1)
 untyped_processor.run(1)
 untyped_processor.run(width=1, height=2)
-t.assert_type(untyped_processor.enqueue(1), TaskModelMixin)
+t.assert_type(untyped_processor.enqueue(1), BQTask)
 
 
 # Options.
