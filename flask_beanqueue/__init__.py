@@ -10,12 +10,15 @@ from .fence import TaskStateError
 from .models import (
     EventModelMixin,
     EventModelRefTaskMixin,
+    EventType,
     TaskModelMixin,
     TaskModelRefEventMixin,
     TaskModelRefParentMixin,
     TaskModelRefWorkerMixin,
+    TaskState,
     WorkerModelMixin,
     WorkerRefMixin,
+    WorkerState,
 )
 from .notify import listen_events
 from .processor import Processor
@@ -40,6 +43,7 @@ __all__ = [
     "DelayRetry",
     "EventModelMixin",
     "EventModelRefTaskMixin",
+    "EventType",
     "ExponentialBackoffRetry",
     "LimitAttempt",
     "Processor",
@@ -48,11 +52,13 @@ __all__ = [
     "TaskModelRefEventMixin",
     "TaskModelRefParentMixin",
     "TaskModelRefWorkerMixin",
+    "TaskState",
     "TaskStateError",
     "Worker",
     "WorkerDied",
     "WorkerModelMixin",
     "WorkerRefMixin",
+    "WorkerState",
     "current_task",
     "listen_events",
     "task_failed",

@@ -41,6 +41,14 @@ _COUNT = (_is_count, f"1 or more, at most {LARGEST}")
 _PAUSE = (_is_pause, f"a number of seconds above 0, at most {LONGEST:.0f}")
 _ALLOWANCE = (_is_allowance, "a number of seconds, 0 or more")
 
+#: How the names of BeanQueue's settings begin that are none here, and what to use in their place.
+OF_BEANQUEUE = {
+    "MAX_WORKER_THREADS": f"Use {PREFIX}CONCURRENCY.",
+    "DATABASE_URL": "Use SQLALCHEMY_DATABASE_URI, or name one of SQLALCHEMY_BINDS with bind_key=.",
+    "POSTGRES_": "Use SQLALCHEMY_DATABASE_URI, or name one of SQLALCHEMY_BINDS with bind_key=.",
+    "METRICS_HTTP_SERVER_": "Workers have no such server; count by signals, or ask bq.Task.",
+}
+
 #: What values a setting takes, and the words for them.
 LIMITS = {
     "BATCH_SIZE": _COUNT,
@@ -147,13 +155,15 @@ class Config:
                 values[field.name] = parse(name, environ[name], hints[field.name])
         known = [PREFIX + field.name for field in dataclasses.fields(cls)]
         for name in {*settings, *environ} - {*known}:
-            if name.startswith(PREFIX) and (
-                near := difflib.get_close_matches(name, known, 1, 0.82)
-            ):
-                warnings.warn(
-                    f"{name} is no setting of flask_beanqueue. Did you mean {near[0]}?",
-                    stacklevel=3,
-                )
+            if not name.startswith(PREFIX):
+                continue
+            for theirs, instead in OF_BEANQUEUE.items():
+                if name.startswith(PREFIX + theirs):
+                    message = f"{name} is a setting of BeanQueue, and none of flask_beanqueue."
+                    warnings.warn(f"{message} {instead}", stacklevel=3)
+            if near := difflib.get_close_matches(name, known, 1, 0.82):
+                message = f"{name} is no setting of flask_beanqueue."
+                warnings.warn(f"{message} Did you mean {near[0]}?", stacklevel=3)
         return cls(**values)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import enum
 import os
 import struct
 import threading
@@ -19,17 +20,45 @@ from sqlalchemy.orm import Mapped, declared_attr, mapped_column
 
 from .claim import current_task_id
 
-PENDING = "PENDING"
-PROCESSING = "PROCESSING"
-DONE = "DONE"
-FAILED = "FAILED"
-CANCELLED = "CANCELLED"
-TASK_STATES = (PENDING, PROCESSING, DONE, FAILED, CANCELLED)
 
-RUNNING = "RUNNING"
-SHUTDOWN = "SHUTDOWN"
-NO_HEARTBEAT = "NO_HEARTBEAT"
-WORKER_STATES = (RUNNING, SHUTDOWN, NO_HEARTBEAT)
+class TaskState(enum.StrEnum):
+    """The states of a task; the table has them as text."""
+
+    PENDING = "PENDING"
+    PROCESSING = "PROCESSING"
+    DONE = "DONE"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+
+
+class WorkerState(enum.StrEnum):
+    """The states of a worker."""
+
+    RUNNING = "RUNNING"
+    SHUTDOWN = "SHUTDOWN"
+    NO_HEARTBEAT = "NO_HEARTBEAT"
+
+
+class EventType(enum.StrEnum):
+    """The types of a task's events."""
+
+    FAILED = "FAILED"
+    RETRIED = "RETRIED"
+    CRASHED = "CRASHED"
+    INTERRUPTED = "INTERRUPTED"
+    UNKNOWN = "UNKNOWN"
+    DONE = "DONE"
+
+
+# As plain text, whose comparison is faster: a worker compares them for each task.
+PENDING = TaskState.PENDING.value
+PROCESSING = TaskState.PROCESSING.value
+DONE = TaskState.DONE.value
+FAILED = TaskState.FAILED.value
+CANCELLED = TaskState.CANCELLED.value
+RUNNING = WorkerState.RUNNING.value
+SHUTDOWN = WorkerState.SHUTDOWN.value
+NO_HEARTBEAT = WorkerState.NO_HEARTBEAT.value
 
 _uuid7_lock = threading.Lock()
 _uuid7_last = 0
@@ -295,7 +324,7 @@ class EventModelMixin(_Keyed):
     def id(cls) -> Mapped[uuid.UUID]:
         return _id()
 
-    #: ``FAILED``, ``RETRIED``, ``CRASHED``, ``INTERRUPTED``, ``UNKNOWN`` or ``DONE``.
+    #: See :class:`EventType`.
     type: Mapped[str] = mapped_column(sa.Text, nullable=False)
     error_message: Mapped[str | None] = mapped_column(sa.Text, nullable=True)
     traceback: Mapped[str | None] = mapped_column(sa.Text, nullable=True)
@@ -552,7 +581,7 @@ def add_constraints(models: Models) -> None:
     # Lets history be deleted: ON DELETE SET NULL looks for children.
     if "parent_id" in c:
         index("parent", c.parent_id, where=c.parent_id.is_not(None))
-    for table, states in ((tasks, TASK_STATES), (workers, WORKER_STATES)):
+    for table, states in ((tasks, TaskState), (workers, WorkerState)):
         name = f"ck_{table.name}_state"
         if name not in {constraint.name for constraint in table.constraints}:
             values = ", ".join(f"'{state}'" for state in states)

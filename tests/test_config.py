@@ -211,6 +211,27 @@ def test_a_near_miss_is_warned_about(name: str, meant: str, place: str) -> None:
         assert Config.load(app, environ) == Config()
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("BQ_MAX_WORKER_THREADS", "Use BQ_CONCURRENCY"),
+        ("BQ_DATABASE_URL", "Use SQLALCHEMY_DATABASE_URI"),
+        ("BQ_POSTGRES_SERVER", "Use SQLALCHEMY_DATABASE_URI"),
+        ("BQ_POSTGRES_PASSWORD", "Use SQLALCHEMY_DATABASE_URI"),
+        ("BQ_METRICS_HTTP_SERVER_ENABLED", "no such server"),
+        ("BQ_METRICS_HTTP_SERVER_PORT", "no such server"),
+    ],
+)
+@pytest.mark.parametrize("place", ["app", "environment"])
+def test_a_setting_of_beanqueue_is_warned_about_with_what_to_use(
+    name: str, words: str, place: str
+) -> None:
+    app, environ = ({name: "secret"}, {}) if place == "app" else ({}, {name: "secret"})
+    with pytest.warns(UserWarning, match=f"^{name} is a setting of BeanQueue.* {words}") as caught:
+        assert Config.load(app, environ) == Config()
+    assert "secret" not in str(caught[0].message)
+
+
 def test_the_warning_points_at_the_line_that_called_init_app(db: SQLAlchemy, bq: BeanQueue) -> None:
     app = Flask(__name__)
     app.config["SQLALCHEMY_DATABASE_URI"] = "postgresql+psycopg2://nowhere.invalid/none"
@@ -222,7 +243,7 @@ def test_the_warning_points_at_the_line_that_called_init_app(db: SQLAlchemy, bq:
 
 
 @pytest.mark.parametrize(
-    "name", ["BQ_DATASET", "BQ_PROJECT_ID", "BQ_LOCATION", "BQ_DATABASE_URL", "CONCURENCY", "BQ_"]
+    "name", ["BQ_DATASET", "BQ_PROJECT_ID", "BQ_LOCATION", "DATABASE_URL", "CONCURENCY", "BQ_"]
 )
 def test_other_names_are_left_alone(name: str) -> None:
     with warnings.catch_warnings():

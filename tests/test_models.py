@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import os
 import threading
 import time
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +21,7 @@ from flask_sqlalchemy.model import Model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flask_beanqueue import BeanQueue, models
+from flask_beanqueue import BeanQueue, EventType, TaskState, WorkerState, models, outcome
 from flask_beanqueue.models import uuid7
 
 from .conftest import MakeApp
@@ -182,12 +185,79 @@ def test_every_known_state_is_taken(
     app: Flask, db: SQLAlchemy, bq: BeanQueue, database_url: str
 ) -> None:
     with app.app_context():
-        for state in models.TASK_STATES:
+        for state in TaskState:
             db.session.add(bq.Task(module="a", name="b", state=state))
-        for state in models.WORKER_STATES:
-            db.session.add(bq.Worker(name="a", channels=[], state=state))
+        for each in WorkerState:
+            db.session.add(bq.Worker(name="a", channels=[], state=each))
         db.session.commit()
     assert query(database_url, "SELECT count(*) FROM bq_tasks, bq_workers") == [(15,)]
+
+
+# The words for states and events, as enums of text.
+
+
+def test_a_member_is_its_text() -> None:
+    for words in (TaskState, WorkerState, EventType):
+        for member in words:
+            assert (
+                member
+                == member.name
+                == str(member)
+                == f"{member}"
+                == json.loads(json.dumps(member))
+            )
+    assert models.DONE == TaskState.DONE
+    assert type(models.DONE) is str
+
+
+def test_members_are_stored_and_found_as_text(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, database_url: str
+) -> None:
+    with app.app_context():
+        task = bq.Task(module="a", name="b", state=TaskState.FAILED)
+        db.session.add(task)
+        db.session.add(bq.Event(task=task, type=EventType.FAILED))
+        db.session.commit()
+        assert (task.state, type(task.state)) == ("FAILED", str)
+        assert task.state == TaskState.FAILED
+        states = [TaskState.FAILED, TaskState.DONE]
+        for condition in (bq.Task.state == TaskState.FAILED, bq.Task.state.in_(states)):
+            assert db.session.scalars(sa.select(bq.Task).where(condition)).one() is task
+        [event] = task.events
+        assert event.type == EventType.FAILED
+        changed = sa.update(bq.Task).values(state=TaskState.CANCELLED).returning(bq.Task.state)
+        assert db.session.scalars(changed).all() == [TaskState.CANCELLED]
+        db.session.commit()
+    assert query(database_url, "SELECT state FROM bq_tasks") == [("CANCELLED",)]
+
+
+@pytest.mark.parametrize("state", [TaskState.DONE, TaskState.FAILED, TaskState.CANCELLED])
+def test_a_processor_may_set_a_member_as_its_tasks_state(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work, database_url: str, state: TaskState
+) -> None:
+    @bq.processor()
+    def end(task: Any) -> None:
+        task.state = state
+
+    with app.app_context():
+        end.enqueue().state = TaskState.PENDING
+        db.session.commit()
+    work()
+    sql = "SELECT state, attempts, finished_at IS NULL FROM bq_tasks"
+    assert query(database_url, sql) == [(state.value, 1, False)]
+
+
+def test_all_types_of_events_are_members() -> None:
+    values: list[ast.expr] = []
+    for node in ast.walk(ast.parse(Path(outcome.__file__).read_text())):
+        if isinstance(node, ast.Call):
+            values += [each.value for each in node.keywords if each.arg == "event"]
+            values += node.args[2:3] if ast.unparse(node.func) == "Outcome" else []
+        elif isinstance(node, ast.Assign) and "event" in ast.unparse(node.targets[0]):
+            values.append(node.value)
+    parts = [part for value in values for part in ast.walk(value)]
+    texts = {part.value for part in parts if isinstance(part, ast.Constant)}
+    assert {text for text in texts if isinstance(text, str)} == set(EventType)
 
 
 # What hangs together.

@@ -21,6 +21,7 @@ from flask_sqlalchemy import SQLAlchemy
 
 from flask_beanqueue import Config
 from flask_beanqueue.cli import bq_cli
+from flask_beanqueue.config import OF_BEANQUEUE
 
 from .probe import query
 
@@ -256,6 +257,12 @@ def test_the_command_line_is_the_one_described() -> None:
         if option.startswith("--")
     }
     assert set(re.findall(r"`(--[\w-]+)", section)) == options
+
+
+def test_the_table_for_those_who_come_from_beanqueue_names_what_warns() -> None:
+    section = README.partition("## Coming from BeanQueue")[2]
+    for name in OF_BEANQUEUE:
+        assert f"`BQ_{name}" in section
 
 
 def test_links_lead_somewhere() -> None:
