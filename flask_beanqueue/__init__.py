@@ -32,7 +32,7 @@ from .signals import (
     worker_stopped,
 )
 from .version import __version__ as __version__
-from .worker import Worker, WorkerDied
+from .worker import WorkerDied
 
 __all__ = [
     "ArgumentError",
@@ -54,7 +54,6 @@ __all__ = [
     "TaskModelRefWorkerMixin",
     "TaskState",
     "TaskStateError",
-    "Worker",
     "WorkerDied",
     "WorkerModelMixin",
     "WorkerRefMixin",

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
+import flask_beanqueue
 from flask_beanqueue import BeanQueue, Config
 
 from .conftest import MakeApp
@@ -41,6 +42,20 @@ def does_a_task(app: Flask, bq: BeanQueue) -> None:
         name = bq.engine(app).url.database
     bq.process_tasks(app=app, burst=True)
     assert seen == [(name, 1)]
+
+
+# What it is called.
+
+
+def test_a_worker_is_the_model_and_the_loop_is_not_exported(bq: BeanQueue) -> None:
+    assert issubclass(bq.Worker, flask_beanqueue.WorkerModelMixin)
+    assert not hasattr(flask_beanqueue, "Worker")
+
+
+def test_all_that_is_exported_is_there() -> None:
+    assert len(set(flask_beanqueue.__all__)) == len(flask_beanqueue.__all__)
+    for name in flask_beanqueue.__all__:
+        assert hasattr(flask_beanqueue, name)
 
 
 # Ways to set it up.
