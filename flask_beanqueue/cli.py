@@ -331,7 +331,7 @@ def ask(function: t.Any) -> t.Any:
 
 def log_to_stderr(verbose: bool) -> None:
     """Show the queue's log, unless the app has set logging up; the root logger is left alone."""
-    if log.logger.level == logging.NOTSET or verbose:
+    if log.level == logging.NOTSET or verbose:
         log.setLevel(logging.DEBUG if verbose else logging.INFO)
     if not log.hasHandlers():
-        log.logger.addHandler(default_handler)
+        log.addHandler(default_handler)

@@ -133,37 +133,22 @@ def is_interruption(error: BaseException, losses: t.Collection[BaseException]) -
 # What is said of them.
 
 
-def name_of(error: BaseException) -> str:
-    """What an exception's class is called, whatever its metaclass makes of that."""
-    return t.cast(str, type.__dict__["__name__"].__get__(type(error)))
-
-
-def is_of_database(error: BaseException) -> bool:
-    """Whether an error is the database's, the driver's, or SQLAlchemy's about one of theirs."""
-    kinds = sa.exc.StatementError, sa.exc.PendingRollbackError
+def text_of(error: BaseException) -> str:
+    """Return what an error says. Of the database's, that is one line without the values that they
+    show: the DETAIL may hold a whole row, such as a task with its arguments."""
     try:
-        return isinstance(error, kinds) or hasattr(error, "diag")
-    except Exception:  # a property of an exception of the app's
-        return False
-
-
-def text_of(error: BaseException, says: t.Callable[[t.Any], str] = str) -> str:
-    """What an exception says, whatever its own methods do."""
-    try:
-        return str.__str__(says(error))  # whose class may be one of its own
-    except BaseException as unprintable:
-        return f"(its message cannot be read: {name_of(unprintable)})"
+        of_database = isinstance(error, (sa.exc.StatementError, sa.exc.PendingRollbackError))
+        return brief(error) if of_database or hasattr(error, "diag") else str(error)
+    except Exception as problem:  # of a ``__str__`` of the app's own
+        return f"(its message cannot be read: {type(problem).__name__})"
 
 
 def reason(error: BaseException) -> str:
-    """An error of the database in one line, without the values that it shows: its DETAIL may hold
-    a whole row, such as a task with its arguments. Of others, what they say."""
-    return text_of(error, brief)
+    """Return what an error says, in one line."""
+    return " ".join(text_of(error).split())
 
 
 def brief(error: t.Any) -> str:
-    if not is_of_database(error):
-        return " ".join(str(error).split())
     orig = getattr(error, "orig", None)
     cause = error if orig is None else orig
     diag = getattr(cause, "diag", None)  # empty where there was no connection yet
@@ -171,94 +156,9 @@ def brief(error: t.Any) -> str:
     if code.startswith(ABOUT_A_VALUE):
         # Its message quotes the value, each language in its own way. The driver's class has the
         # name that PostgreSQL has for the code.
-        return f"{WORD.sub(' ', name_of(cause)).lower()} ({code})"
+        return f"{WORD.sub(' ', type(cause).__name__).lower()} ({code})"
     text = getattr(diag, "message_primary", None) or str(cause)
     if isinstance(error, sa.exc.StatementError) and not isinstance(error, sa.exc.DBAPIError):
         text = QUOTED.sub("…", text)  # SQLAlchemy itself refuses a value
     # What a PendingRollbackError says next is all of another error.
     return " ".join(text.partition(" Original exception was: ")[0].split())
-
-
-def without_values(error: BaseException) -> BaseException:
-    """An exception that says, as those behind and in it do, of the database's errors only what
-    :func:`reason` does: a traceback would show all. They are copies, for the app may still look at
-    its own.
-
-    :return: the exception itself, if there is none of the database's.
-    """
-    errors: dict[int, BaseException] = {}
-    found: list[BaseException | None] = [error]
-    while found:
-        each = found.pop()
-        if each is None or id(each) in errors:  # an exception may be its own cause
-            continue
-        errors[id(each)] = each
-        found += [each.__cause__, each.__context__]
-        if isinstance(each, sa.exc.StatementError):
-            found.append(each.orig)
-        if isinstance(each, BaseExceptionGroup):
-            found += each.exceptions
-    if not any(is_of_database(each) for each in errors.values()):
-        return error
-    copies: dict[int, BaseException] = {}
-    for each in errors.values():
-        copy(each, copies)
-    for key, each in errors.items():
-        copied = copies[key]
-        copied.__cause__ = copies.get(id(each.__cause__))
-        copied.__context__ = copies.get(id(each.__context__))
-        copied.__suppress_context__ = each.__suppress_context__
-        copied.__traceback__ = each.__traceback__
-        if isinstance(copied, sa.exc.StatementError):
-            copied.orig = copies.get(id(copied.orig))
-    return copies[id(error)]
-
-
-def copy(error: BaseException, copies: dict[int, BaseException]) -> BaseException:
-    """Copy an exception by itself, a group with what is in it; without values, if it is the
-    database's.
-
-    :param copies: those that have been made, by the id of what they are copies of.
-    """
-    if id(error) not in copies:
-        inside = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
-        copied = [copy(each, copies) for each in inside]
-        try:  # they may be of any kind
-            copies[id(error)] = (
-                copy_of_database(error) if is_of_database(error) else copy_of_app(error, copied)
-            )
-        except Exception:
-            text = reason(error)
-            copies[id(error)] = Exception(f"{name_of(error)}: {text}" if text else name_of(error))
-    return copies[id(error)]
-
-
-def copy_of_database(error: BaseException) -> BaseException:
-    # Not by calling the class, whose ``__init__`` may do or want anything.
-    copied = type(error).__new__(type(error), *error.args)
-    copied.args = (reason(error),)
-    if isinstance(error, sa.exc.SQLAlchemyError):  # the driver's keep the answer
-        vars(copied).update(vars(error))
-    if isinstance(copied, sa.exc.StatementError):
-        copied.hide_parameters = True
-    return copied
-
-
-def copy_of_app(error: BaseException, inside: list[BaseException]) -> BaseException:
-    """
-    :raises Exception: if the copy does not say the same.
-    """
-    kind = type(error)
-    if isinstance(error, BaseExceptionGroup):
-        copied: BaseException = kind.__new__(kind, error.message, inside)
-    else:
-        copied = kind.__new__(kind, *error.args)
-        builtin = next(each for each in kind.__mro__ if each.__module__ == "builtins")
-        builtin.__init__(copied, *error.args)  # type: ignore[misc]
-        copied.args = error.args
-        if isinstance(error, OSError):  # which are not among the arguments
-            copied.filename, copied.filename2 = error.filename, error.filename2  # type: ignore[attr-defined]
-    vars(copied).update(vars(error))
-    if str(copied) != str(error):
-        raise ValueError("the copy says something else")
-    return copied

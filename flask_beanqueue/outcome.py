@@ -16,7 +16,7 @@ from . import signals
 from .arguments import to_json
 from .claim import Claim
 from .connection import codec_of
-from .errors import is_interruption, is_of_database, name_of, reason, text_of
+from .errors import is_interruption, text_of
 from .listen import notify_name
 from .log import log
 from .models import DONE, FAILED, PENDING, PROCESSING, uuid7
@@ -424,19 +424,15 @@ def storable_text(text: str, length: int) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """An exception as text, also if its own ``__str__`` raises; one of the database without the
-    statement and the row, whose values may be nobody's business."""
-    kind, text = name_of(error), reason(error) if is_of_database(error) else text_of(error)
+    """Return an exception as text; one of the database without the statement and the row, whose
+    values may be nobody's business."""
+    kind, text = type(error).__name__, text_of(error)
     return storable_text(f"{kind}: {text}" if text else kind, MESSAGE_LENGTH)
 
 
 def trace(error: BaseException) -> str:
+    """Return an exception's traceback as text."""
     try:
         return "".join(traceback.format_exception(error))
-    except BaseException as unprintable:
-        # Without the lines of the files: to look for them may be what raised.
-        frames = "".join(
-            f'  File "{frame.f_code.co_filename}", line {line}, in {frame.f_code.co_name}\n'
-            for frame, line in traceback.walk_tb(error.__traceback__)
-        )
-        return f"{frames}{describe(error)} ({name_of(unprintable)} while it was formatted)"
+    except Exception as problem:
+        return f"{describe(error)} (its traceback cannot be had: {describe(problem)})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
+import traceback
 import typing as t
 import uuid
 
@@ -284,8 +285,10 @@ class Writer:
         try:
             with self._app.app_context() if signals.any_receivers() else contextlib.nullcontext():
                 outcomes.announce(self._app, self._queue, outcome)
-        except Exception:  # of a function that the app runs around its contexts
-            log.exception("The app context of a signal raised")
+        except Exception:
+            # Of a function that the app runs around its contexts, or of a filter of its logging: so
+            # it is printed, as logging itself does with a handler that raises.
+            traceback.print_exc()
 
 
 def first_part(waiting: t.Iterable[Outcome], most: int) -> list[Outcome]:

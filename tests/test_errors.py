@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import traceback
-from collections.abc import Callable
-
 import pytest
 import sqlalchemy as sa
 
-from flask_beanqueue.errors import (
-    is_hopeless,
-    is_misfit,
-    is_refusal,
-    is_timeout,
-    reason,
-    without_values,
-)
+from flask_beanqueue.errors import is_hopeless, is_misfit, is_refusal, is_timeout, reason
 
 
 class DriverError(Exception):
@@ -135,154 +124,6 @@ def test_of_an_error_about_a_value_its_kind_is_said_and_no_value_in_any_language
     assert reason(raised.value) == kind
     assert raised.value.orig is not None
     assert reason(raised.value.orig) == kind
-
-
-#: In no line of this file.
-SECRET = "".join(["horse", "staple"])
-
-
-def refused(database_url: str) -> sa.exc.DataError:
-    """What the database says of a value."""
-    engine = sa.create_engine(database_url, poolclass=sa.NullPool)
-    with engine.connect() as connection, pytest.raises(sa.exc.DataError) as raised:
-        connection.execute(sa.text("SELECT CAST(:password AS int)"), {"password": SECRET})
-    return raised.value
-
-
-def shown(error: BaseException) -> str:
-    return "".join(traceback.format_exception(error))
-
-
-class Own(Exception):
-    """One that cannot be made as others are."""
-
-    def __init__(self, *, number: int) -> None:
-        super().__init__(f"number {number}")
-        self.number = number
-
-
-def test_an_error_is_shown_without_values_and_itself_stays_as_it_is(database_url: str) -> None:
-    error = refused(database_url)
-    before = shown(error)
-    assert SECRET in before
-    copy = without_values(error)
-    assert SECRET not in shown(copy)
-    assert type(copy) is type(error)
-    assert isinstance(copy, sa.exc.DataError)
-    assert type(copy.orig) is type(error.orig)
-    assert copy.__traceback__ is error.__traceback__
-    assert "invalid text representation (22P02)" in str(copy)
-    assert shown(error) == before
-    assert not error.hide_parameters
-    assert SECRET in str(error.orig)
-
-
-@pytest.mark.parametrize("way", ["cause", "context", "group", "group in a group"])
-def test_errors_behind_and_in_an_error_are_shown_without_values(
-    database_url: str, way: str
-) -> None:
-    error, own = refused(database_url), Own(number=5)
-    own.add_note("a note")
-    whole: BaseException = own
-    if way == "cause":
-        own.__cause__ = error
-    elif way == "context":
-        own.__context__ = error
-    else:
-        whole = ExceptionGroup("several", [LookupError("none"), own, error])
-        error.__context__ = whole  # and round about
-    if way == "group in a group":
-        whole = BaseExceptionGroup("more", [whole, KeyboardInterrupt()])
-    before = shown(whole)
-    assert SECRET in before
-    after = shown(without_values(whole))
-    assert SECRET not in after
-    lines = [line for line in before.splitlines() if SECRET not in line]
-    for words in ("number 5", "a note", "LookupError: none", "more (2 sub-exceptions)"):
-        assert (words in after) is any(words in line for line in lines)
-    assert after.count("Traceback") == before.count("Traceback")
-    assert shown(whole) == before
-
-
-class Slotted(Exception):
-    __slots__ = ("number",)
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def __str__(self) -> str:
-        return f"number {self.number}"
-
-
-class Single(Exception):
-    def __new__(cls, *args: object) -> Single:
-        raise RuntimeError("there is one")
-
-
-class Undecodable(UnicodeDecodeError):
-    def __init__(self, text: bytes) -> None:
-        super().__init__("utf-8", text, 0, 1, "odd")
-
-
-def raised(function: Callable[[], object]) -> Exception:
-    try:
-        function()
-    except Exception as error:
-        return error
-    raise AssertionError
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        raised(lambda: os.listdir("/no/such/folder")),
-        raised(lambda: os.rename("/no/such/file", "/nowhere")),
-        raised(lambda: b"\xff".decode()),
-        raised(lambda: compile("1 +", "some.py", "exec")),
-        raised(lambda: {}["key"]),
-        Slotted(5),
-        Undecodable(b"\xff"),
-        Exception.__new__(Single, "one"),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-def test_errors_of_any_kind_say_the_same_where_one_of_the_database_is_behind_them(
-    error: Exception, database_url: str
-) -> None:
-    error.__cause__ = refused(database_url)
-    after = shown(without_values(error))
-    assert SECRET not in after
-    name, words = type(error).__name__, traceback.format_exception_only(error)[-1]
-    assert f"{name}: {words.partition(f'{name}: ')[2]}" in after
-
-
-def test_an_error_whose_attributes_raise_is_shown_all_the_same(database_url: str) -> None:
-    class Odd(Exception):
-        @property
-        def diag(self) -> None:
-            raise RuntimeError("no diag")
-
-    odd = Odd("odd")
-    odd.__cause__ = refused(database_url)
-    after = shown(without_values(odd))
-    assert "Odd: odd" in after
-    assert SECRET not in after
-
-
-def test_an_error_that_has_nothing_of_the_database_is_shown_itself() -> None:
-    error = Own(number=5)
-    assert without_values(error) is error
-
-
-def test_a_group_is_shown_as_it_is_where_what_is_in_it_comes_first(database_url: str) -> None:
-    inside, error = LookupError("none"), LookupError("last")
-    group = ExceptionGroup("several", [inside, refused(database_url)])
-    group.add_note("a note")
-    error.__context__, error.__cause__ = inside, group
-    after = shown(without_values(error))
-    assert "ExceptionGroup: several (2 sub-exceptions)" in after
-    assert "a note" in after
-    assert SECRET not in after
 
 
 class Mute(Exception):

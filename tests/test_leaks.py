@@ -1,16 +1,13 @@
-"""What tasks are given does not get into logs, whatever becomes of them."""
+"""What tasks are given does not get into the log's messages, whatever becomes of them; nor into the
+log, unless tracebacks do."""
 
 from __future__ import annotations
 
 import json
-import logging
 import re
 from typing import Any
 
 import pytest
-import sqlalchemy as sa
-
-from flask_beanqueue.log import log
 
 from .apps import leaks
 from .probe import query
@@ -156,7 +153,6 @@ def test_arguments_are_neither_in_the_log_nor_in_the_message(
             assert f"{APP}.{name} " in worker.output
     assert worker.output.count("raised after its end") == 2
     assert worker.output.count("its outcome is refused") >= 3
-    assert worker.output.count("[SQL parameters hidden due to hide_parameters=True]") >= 5
     for words in ("The retry policy of", "A receiver of", "The app context of", "is not stored"):
         assert words in worker.output
 
@@ -189,42 +185,16 @@ def test_tracebacks_in_events_show_values_unless_they_are_hidden(
     assert 'column "misspelt" does not exist' in traceback
 
 
-def test_what_a_failing_log_prints_holds_no_values_either(
-    capsys: pytest.CaptureFixture[str], database_url: str
+@pytest.mark.usefixtures("tables")
+@pytest.mark.parametrize(("hide", "shown"), [("", True), ("1", False)])
+def test_tracebacks_in_the_log_show_values_unless_they_are_hidden(
+    processes: Processes, database_url: str, hide: str, shown: bool
 ) -> None:
-    """The exception that is being handled stands behind the one of the log."""
-
-    def refuse(record: logging.LogRecord) -> bool:
-        raise RuntimeError("no log")
-
-    log.logger.addFilter(refuse)
-    engine = sa.create_engine(database_url, poolclass=sa.NullPool)
-    try:
-        with engine.connect() as connection:
-            connection.execute(sa.text("SELECT CAST(:password AS int)"), {"password": SECRET})
-    except sa.exc.DataError:
-        log.error("A value is refused")
-    finally:
-        log.logger.removeFilter(refuse)
-    printed = capsys.readouterr().err
-    assert "RuntimeError: no log" in printed
-    assert "invalid text representation (22P02)" in printed
-    assert not TRACE.search(printed)
-
-
-def test_what_is_logged_stays_as_it_is_for_the_app(
-    caplog: pytest.LogCaptureFixture, database_url: str
-) -> None:
-    said = []
-    engine = sa.create_engine(database_url, poolclass=sa.NullPool)
-    with engine.connect() as connection:
-        try:
-            connection.execute(sa.text("SELECT CAST(:password AS int)"), {"password": SECRET})
-        except sa.exc.DataError as error:
-            said.append(str(error))
-            log.exception("A value is refused")
-            said.append(str(error))
-    assert said[0] == said[1]
-    assert TRACE.search(said[0])
-    assert "invalid text representation (22P02)" in caplog.text
-    assert not TRACE.search(caplog.text)
+    add(database_url, "receive", {"password": "letters"})
+    worker = processes.flask(
+        *("--app", APP, "bq", "worker", "leaks", "--burst"), HIDE=hide, TRACEBACKS="1"
+    )
+    assert worker.wait() == 0
+    assert "A receiver of the signal 'task-started' raised" in worker.output
+    assert bool(re.search(r"\[parameters: .*'letters'", worker.output)) == shown
+    assert "(text)=(letters) already exists" in worker.output  # which PostgreSQL says

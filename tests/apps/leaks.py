@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import logging
 import os
 import signal
 from typing import Any
@@ -38,7 +39,15 @@ def create_app() -> Flask:
         db.create_all()
     app.teardown_appcontext(teardown)
     task_started.connect(receiver, app)
+    if not os.environ.get("TRACEBACKS"):
+        logging.getLogger("flask_beanqueue").addFilter(without_traceback)
     return app
+
+
+def without_traceback(record: logging.LogRecord) -> bool:
+    """As docs/security.md has it."""
+    record.exc_info = record.exc_text = None
+    return True
 
 
 def clash(password: str) -> None:
