@@ -382,7 +382,7 @@ def lost(outcome: Outcome) -> None:
         words = "is no longer this worker's; what it wrote is rolled back"
     else:
         words = "had ended, or was taken over, when it was to be given back"
-    log.warning(f"%s {words}", claim.label, extra=claim.log_extra())
+    log.warning("%s %s", claim.label, words, extra=claim.log_extra())
 
 
 # Nothing that a task returns or raises may keep its outcome from being written.

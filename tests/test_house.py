@@ -180,6 +180,19 @@ def test_nothing_is_evaluated(module: str) -> None:
             assert node.module != "importlib"
 
 
+#: What takes a message, and what says who wants it.
+LOGGING = {"debug", "info", "warning", "error", "exception"}, {"isEnabledFor", "hasHandlers"}
+
+
+@pytest.mark.parametrize("module", sorted(set(INSIDE) - {"log", "cli"}))
+def test_what_others_say_is_an_argument_of_what_is_logged_and_so_escaped(module: str) -> None:
+    for node in ast.walk(SOURCES[module]):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("log."):
+            name = ast.unparse(node.func).removeprefix("log.")
+            assert name in LOGGING[0] | LOGGING[1]
+            assert name in LOGGING[1] or isinstance(node.args[0], ast.Constant)
+
+
 #: What takes SQL.
 TAKES_SQL = {
     *("execute", "executemany", "exec_driver_sql", "scalar", "scalars", "mogrify", "copy_expert"),
