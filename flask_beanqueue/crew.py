@@ -11,7 +11,7 @@ import typing as t
 
 from .claim import Claim
 from .log import log
-from .outcome import Outcome, failed, given_back
+from .outcome import Outcome, describe, failed, given_back
 
 #: Seconds within which a claimed task should start: how much is claimed ahead.
 HORIZON = 0.1
@@ -185,6 +185,9 @@ class Crew:
                     self.through.append(claim)
                 else:
                     self.done.append(Done(time.monotonic(), outcome))
-            log.exception("A thread of the crew goes on after what was raised between its tasks")
+            log.error(
+                "A thread of the crew goes on after what was raised between its tasks: %s",
+                describe(error),
+            )
             self._on_news()
             return False

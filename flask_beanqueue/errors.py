@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import re
+import traceback
 import typing as t
 
 import sqlalchemy as sa
@@ -33,6 +36,9 @@ HOPELESS, DUPLICATE_STATEMENT = ("3F", "42"), "42P05"
 LIMIT = "54000"
 #: A lock was waited for, or the statement worked on, for as long as somebody allows.
 TIMEOUTS = {"55P03", "57014"}
+
+#: The code of generators and coroutines, whose frames may go on after an exception.
+SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 #: The class of SQLSTATE of errors about a value.
 ABOUT_A_VALUE = "22"
@@ -128,6 +134,24 @@ def is_interruption(error: BaseException, losses: t.Collection[BaseException]) -
         # Not by its truth, which may be an exception's own.
         cause = cause.__context__ if cause.__cause__ is None else cause.__cause__
     return False
+
+
+def clear_frames(error: BaseException) -> None:
+    """Let go of the variables of all frames of an exception, and of those behind it and in it."""
+    found: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while found:
+        if (each := found.pop()) is None or id(each) in seen:  # one may be its own cause
+            continue
+        seen.add(id(each))
+        for frame, _ in traceback.walk_tb(each.__traceback__):
+            # A generator may have caught it and be in use; to clear its frame would close it.
+            if not frame.f_code.co_flags & SUSPENDABLE:
+                with contextlib.suppress(RuntimeError):  # it is at work still
+                    frame.clear()
+        found += [each.__cause__, each.__context__]
+        if isinstance(each, BaseExceptionGroup):
+            found += each.exceptions
 
 
 # What is said of them.

@@ -77,7 +77,7 @@ class Executor:
             # A function that the app runs around its contexts raised: before the processor, or
             # after.
             if outcome is None and not claim.settled:
-                outcome = outcomes.failed(claim, error)
+                return outcomes.failed(claim, error)
             log.exception("The app context of %s", claim.label, extra=claim.log_extra())
         return outcome
 
@@ -86,30 +86,42 @@ class Executor:
         try:
             return self._perform(claim, processor)
         except BaseException as error:  # sys.exit() in a task must not end its worker
-            self._rollback()
-            if claim.settled:
-                log.exception("%s raised after its end", claim.label, extra=claim.log_extra())
-                return None
-            if is_interruption(error, claim.losses):
-                codes = {sqlstate_of(loss) for loss in claim.losses}
-                self._interrupted.append((time.monotonic(), claim.key, codes))
-                if READ_ONLY not in codes or not self._chose_read_only(claim):
-                    alone = self._is_alone(claim)
-                    return outcomes.interrupted(claim, error, alone=alone)
-            if isinstance(error, ClaimLost):
-                # The fence tells whether that is so. If the task is still this worker's, the
-                # processor has deleted its row or changed it past the ORM.
-                return outcomes.failed(claim, error)
-            return outcomes.failed(
+            return self._raised(claim, processor, error)
+
+    def _raised(
+        self, claim: Claim, processor: AnyProcessor, error: BaseException
+    ) -> Outcome | None:
+        """Decide what comes of a task that has raised, and log that."""
+        self._rollback()
+        if claim.settled:
+            log.exception("%s raised after its end", claim.label, extra=claim.log_extra())
+            return None
+        interrupted = is_interruption(error, claim.losses)
+        if interrupted:
+            codes = {sqlstate_of(loss) for loss in claim.losses}
+            self._interrupted.append((time.monotonic(), claim.key, codes))
+        if interrupted and not self._chose_read_only(claim):
+            outcome = outcomes.interrupted(claim, error, alone=self._is_alone(claim))
+        elif isinstance(error, ClaimLost):
+            # The fence tells whether that is so, and then there is nothing to log. If the task is
+            # still this worker's, the processor has deleted its row or changed it past the ORM.
+            return outcomes.failed(claim, error)
+        else:
+            outcome = outcomes.failed(
                 claim,
                 error,
                 processor,
                 lambda: self.queue.task_after(claim, attempts=claim.attempts + 1),
             )
+        if outcome.exception is not None:
+            outcomes.log_failure(outcome)
+        return outcome
 
     def _chose_read_only(self, claim: Claim) -> bool:
         """Whether it was the task itself that made its transaction one that may only read: nobody
         else met that, and others may write."""
+        if not any(sqlstate_of(loss) == READ_ONLY for loss in claim.losses):
+            return False
         if not self._is_alone(claim, READ_ONLY):
             return False
         try:

@@ -16,7 +16,7 @@ from . import signals
 from .arguments import to_json
 from .claim import Claim
 from .connection import codec_of
-from .errors import is_interruption, text_of
+from .errors import clear_frames, is_interruption, text_of
 from .listen import notify_name
 from .log import log
 from .models import DONE, FAILED, PENDING, PROCESSING, uuid7
@@ -66,6 +66,10 @@ class Outcome:
     moved: bool = False
     #: Whether workers are told if it waits again; otherwise they find it when they poll.
     notify: bool = True
+    #: What was raised, if anything.
+    exception: BaseException | None = None
+    #: The log has it already.
+    logged: bool = False
 
     @property
     def is_plain(self) -> bool:
@@ -99,6 +103,11 @@ class Outcome:
                 extra=self.claim.log_extra(),
             )
             self.result = None
+
+    @property
+    def is_retry(self) -> bool:
+        """Whether an attempt has failed, and there will be another one."""
+        return self.state == PENDING and self.attempts > 0
 
     def settlement(self) -> dict[str, t.Any]:
         """What the statement that writes it needs to know, as JSON has it."""
@@ -160,6 +169,7 @@ def failed(
         error_message=describe(error),
         traceback=storable_text(trace(error), TRACEBACK_LENGTH),
         attempts=1,
+        exception=error,
     )
     if processor is None or processor.retry_policy is None or get_task is None:
         return outcome
@@ -210,7 +220,7 @@ def interrupted(claim: Claim, error: BaseException, *, alone: bool) -> Outcome:
         message = (
             f"The database went away {count} times while this task ran. It will not be run again."
         )
-        outcome.state = FAILED
+        outcome.state, outcome.exception = FAILED, error
     outcome.error_message = f"{message} {describe(error)}"
     return outcome
 
@@ -260,7 +270,14 @@ def fallbacks(outcome: Outcome, error: BaseException) -> t.Iterator[Outcome]:
         yield dataclasses.replace(outcome, event=None, notify=False)
     message = f"Its outcome ({outcome.state}) could not be written. {describe(error)}"
     failure = dataclasses.replace(
-        outcome, state=FAILED, event="FAILED", result=None, error_message=message, parked=False
+        outcome,
+        state=FAILED,
+        event="FAILED",
+        result=None,
+        error_message=message,
+        parked=False,
+        exception=None,
+        logged=False,
     )
     failure.spell("ascii")
     yield failure
@@ -340,6 +357,28 @@ def tells_success() -> bool:
     return bool(signals.task_succeeded.receivers) or log.isEnabledFor(logging.DEBUG)
 
 
+def log_failure(outcome: Outcome) -> None:
+    """Log that a task has failed or waits again, once, with what was raised.
+
+    In the task's thread, if possible: what hears the log finds the task's app context there, and
+    the variables of each frame. They are gone afterwards, for they may hold connections and
+    sessions, and a thousand outcomes may wait to be written.
+    """
+    claim, error = outcome.claim, outcome.exception
+    about: t.Any = {"extra": claim.log_extra()}
+    if error is not None:  # not by its truth, and so not itself
+        about["exc_info"] = type(error), error, error.__traceback__
+    if outcome.state == FAILED:
+        log.error("%s failed: %s", claim.label, outcome.error_message, **about)
+    elif outcome.is_retry:
+        log.warning("%s will be retried: %s", claim.label, outcome.error_message, **about)
+    elif outcome.error_message:
+        log.warning("%s waits again: %s", claim.label, outcome.error_message, **about)
+    outcome.logged = True
+    if error is not None:
+        clear_frames(error)
+
+
 def announce(app: t.Any, queue: Queue, outcome: Outcome) -> None:
     """Log an outcome and send its signal, once it is committed."""
     claim = outcome.claim
@@ -358,19 +397,15 @@ def announce(app: t.Any, queue: Queue, outcome: Outcome) -> None:
         if signals.task_succeeded.receivers:
             signals.send(signals.task_succeeded, app, task=task())
         return
-    extra = claim.log_extra()
-    if outcome.state == FAILED:
-        log.error("%s failed: %s", claim.label, outcome.error_message, extra=extra)
-        signal = signals.task_failed
-    elif outcome.event == "RETRIED":
-        log.warning("%s will be retried: %s", claim.label, outcome.error_message, extra=extra)
-        signal = signals.task_retried
-    else:
-        if outcome.error_message:
-            log.warning("%s waits again: %s", claim.label, outcome.error_message, extra=extra)
+    if outcome.state == PROCESSING:
         return
-    if signal.receivers:
-        signals.send(signal, app, task=task(), error=outcome.error_message)
+    if not outcome.logged:
+        log_failure(outcome)
+    signal = signals.task_failed if outcome.state == FAILED else signals.task_retried
+    if signal.receivers and (outcome.state == FAILED or outcome.is_retry):
+        message, error = outcome.error_message, outcome.exception
+        signals.send(signal, app, task=task(), error=message, exception=error)
+    outcome.exception = None  # whose frames lead back to this outcome
 
 
 def lost(outcome: Outcome) -> None:

@@ -18,9 +18,10 @@ worker_stopped = _signals.signal("worker-stopped")
 task_started = _signals.signal("task-started")
 #: A task is DONE, and its commit is through: ``task``.
 task_succeeded = _signals.signal("task-succeeded")
-#: A task is FAILED, and that is committed: ``task``, ``error`` (text).
+#: A task is FAILED, and that is committed: ``task``, ``error`` (text), ``exception`` (what was
+#: raised, without the variables of its frames; None after a crash, say).
 task_failed = _signals.signal("task-failed")
-#: A task will run again, and that is committed: ``task``, ``error`` (text).
+#: A task will run again, and that is committed: ``task``, ``error``, ``exception``.
 task_retried = _signals.signal("task-retried")
 
 

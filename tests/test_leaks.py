@@ -190,11 +190,14 @@ def test_tracebacks_in_events_show_values_unless_they_are_hidden(
 def test_tracebacks_in_the_log_show_values_unless_they_are_hidden(
     processes: Processes, database_url: str, hide: str, shown: bool
 ) -> None:
-    add(database_url, "receive", {"password": "letters"})
+    for name in ("receive", "insert"):
+        add(database_url, name, {"password": "letters"})
     worker = processes.flask(
         *("--app", APP, "bq", "worker", "leaks", "--burst"), HIDE=hide, TRACEBACKS="1"
     )
     assert worker.wait() == 0
     assert "A receiver of the signal 'task-started' raised" in worker.output
-    assert bool(re.search(r"\[parameters: .*'letters'", worker.output)) == shown
-    assert "(text)=(letters) already exists" in worker.output  # which PostgreSQL says
+    assert f"failed: IntegrityError: {DUPLICATE}" in worker.output
+    values = re.findall(r"\[parameters: .*'letters'", worker.output)
+    assert len(values) == (2 if shown else 0)
+    assert worker.output.count("(text)=(letters) already exists") >= 2  # which PostgreSQL says
