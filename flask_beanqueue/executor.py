@@ -150,9 +150,7 @@ class Executor:
     def _perform(self, claim: Claim, processor: AnyProcessor) -> Outcome | None:
         """Call the processor and finish: in its transaction, if it opened one."""
         started = signals.task_started
-        if started.receivers and not signals.send(
-            started, self.app, task=self.queue.attach_task(claim)
-        ):
+        if not signals.send(started, self.app, lambda: {"task": self.queue.attach_task(claim)}):
             self._rollback()  # the processor shall not inherit a broken transaction
         if claim.arguments is None:
             self._read_arguments(claim)

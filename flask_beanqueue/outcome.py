@@ -383,29 +383,27 @@ def announce(app: t.Any, queue: Queue, outcome: Outcome) -> None:
     """Log an outcome and send its signal, once it is committed."""
     claim = outcome.claim
 
-    def task() -> t.Any:
-        return queue.task_after(
-            claim,
-            state=outcome.state,
-            attempts=claim.attempts + outcome.attempts,
-            error_message=outcome.error_message,
-        )
+    def about() -> dict[str, t.Any]:
+        message = outcome.error_message
+        attempts = claim.attempts + outcome.attempts
+        values = {"state": outcome.state, "attempts": attempts, "error_message": message}
+        told = {"task": queue.task_after(claim, **values)}
+        if outcome.state == DONE:
+            return told
+        return told | {"error": message, "exception": outcome.exception}
 
     if outcome.state == DONE:
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s is done", claim.label, extra=claim.log_extra())
-        if signals.task_succeeded.receivers:
-            signals.send(signals.task_succeeded, app, task=task())
-        return
-    if outcome.state == PROCESSING:
-        return
-    if not outcome.logged:
-        log_failure(outcome)
-    signal = signals.task_failed if outcome.state == FAILED else signals.task_retried
-    if signal.receivers and (outcome.state == FAILED or outcome.is_retry):
-        message, error = outcome.error_message, outcome.exception
-        signals.send(signal, app, task=task(), error=message, exception=error)
-    outcome.exception = None  # whose frames lead back to this outcome
+        signals.send(signals.task_succeeded, app, about)
+    elif outcome.state != PROCESSING:
+        if not outcome.logged:
+            log_failure(outcome)
+        if outcome.state == FAILED:
+            signals.send(signals.task_failed, app, about)
+        elif outcome.is_retry:
+            signals.send(signals.task_retried, app, about)
+        outcome.exception = None  # whose frames lead back to this outcome
 
 
 def lost(outcome: Outcome) -> None:

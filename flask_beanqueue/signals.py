@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import typing as t
 
 from blinker import NamedSignal, Namespace
+from flask import Flask, has_app_context
 
 from .log import log
 
@@ -25,21 +27,27 @@ task_failed = _signals.signal("task-failed")
 task_retried = _signals.signal("task-retried")
 
 
-def any_receivers() -> bool:
-    """Whether anybody wants to hear what becomes of tasks."""
-    return bool(task_succeeded.receivers or task_failed.receivers or task_retried.receivers)
+def send(signal: NamedSignal, app: Flask, arguments: t.Callable[[], dict[str, t.Any]]) -> bool:
+    """Send a signal, in the task's app context or in one of its own. What raises is logged, for
+    nothing of the app's may stop the queue.
 
-
-def send(signal: NamedSignal, app: t.Any, **kwargs: t.Any) -> bool:
-    """Send a signal. A receiver that raises is logged, for no receiver may stop the queue.
-
-    :return: whether none raised.
+    :param arguments: makes what the receivers are given; it is called in that context, and only if
+        there are any.
+    :return: whether nothing raised.
     """
+    if not signal.receivers:
+        return True
     well = True
-    for receiver in signal.receivers_for(app):
-        try:
-            receiver(app, **kwargs)
-        except BaseException:  # sys.exit() among them
-            log.exception("A receiver of the signal %r raised", signal.name)
-            well = False
+    try:
+        with contextlib.nullcontext() if has_app_context() else app.app_context():
+            given = arguments()
+            for receiver in signal.receivers_for(app):
+                try:
+                    receiver(app, **given)
+                except BaseException:  # sys.exit() among them
+                    log.exception("A receiver of the signal %r raised", signal.name)
+                    well = False
+    except BaseException:
+        log.exception("The app context of the signal %r raised", signal.name)
+        well = False
     return well

@@ -250,7 +250,8 @@ class Worker:
             log.warning("No processor has %r as its channel; is it spelt right?", channel)
 
     def _signal(self, which: t.Any) -> None:
-        signals.send(which, self.app, worker_id=self.id, channels=self.channels)
+        about = {"worker_id": self.id, "channels": self.channels}
+        signals.send(which, self.app, lambda: about)
 
     def _declared_dead(self) -> None:
         self._die(

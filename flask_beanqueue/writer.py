@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import time
 import traceback
@@ -14,7 +13,6 @@ from flask import Flask
 from sqlalchemy.engine import Connection
 
 from . import outcome as outcomes
-from . import signals
 from .claim import Claim
 from .errors import is_limit, is_refusal, is_timeout, reason
 from .log import log
@@ -281,13 +279,11 @@ class Writer:
         self._locked.pop(claim, None)
 
     def _announce(self, outcome: Outcome) -> None:
-        """Log a written outcome and send its signal, in an app context of its own."""
+        """Log a written outcome and send its signal."""
         try:
-            with self._app.app_context() if signals.any_receivers() else contextlib.nullcontext():
-                outcomes.announce(self._app, self._queue, outcome)
+            outcomes.announce(self._app, self._queue, outcome)
         except Exception:
-            # Of a function that the app runs around its contexts, or of a filter of its logging: so
-            # it is printed, as logging itself does with a handler that raises.
+            # Of a filter of the app's logging: printed, as logging itself does with a handler's.
             traceback.print_exc()
 
 

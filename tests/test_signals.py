@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from flask import Flask, current_app
+from flask import Flask, appcontext_pushed, current_app, g
 from flask_sqlalchemy import SQLAlchemy
 
 from flask_beanqueue import (
@@ -221,6 +221,99 @@ def test_a_task_starts_in_its_own_thread_and_app_context(
         work()
     assert len(seen) == 2
     assert seen[0] == seen[1] != threading.get_ident()
+
+
+@pytest.mark.parametrize("signal", SIGNALS, ids=lambda signal: signal.name)
+def test_every_receiver_has_an_app_context_and_a_session(
+    app: Flask,
+    db: SQLAlchemy,
+    Note: Any,
+    succeed: Any,
+    fail: Any,
+    work: Work,
+    signal: Any,
+    database_url: str,
+) -> None:
+    closed = []
+
+    @app.teardown_appcontext
+    def teardown(error: BaseException | None) -> None:
+        if "heard" in g:
+            closed.append(error)
+
+    def receiver(sender: Flask, **_: Any) -> None:
+        assert current_app._get_current_object() is sender  # type: ignore[attr-defined]
+        g.heard = True
+        db.session.add(Note(text=signal.name + " heard"))
+        db.session.commit()
+
+    enqueue(app, succeed, fail)
+    with signal.connected_to(receiver):
+        work()
+    found = query(database_url, "SELECT count(*) FROM note WHERE text LIKE '%% heard'")
+    assert found == [(len(closed),)]
+    assert closed
+
+
+#: The contexts that a worker makes as it starts, to find its engines.
+ITS_OWN = 2
+
+
+def test_without_receivers_a_worker_makes_no_context_for_its_signals(
+    app: Flask, succeed: Any, fail: Any, work: Work
+) -> None:
+    made = []
+
+    def count(sender: Flask, **_: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            made.append(sender)
+
+    enqueue(app, succeed, fail)
+    with appcontext_pushed.connected_to(count, app):
+        work()
+    assert len(made) == ITS_OWN
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("error", [LookupError, SystemExit])
+@pytest.mark.parametrize(
+    "signal", [worker_started, task_failed, worker_stopped], ids=lambda s: s.name
+)
+def test_a_context_of_a_signal_that_raises_is_logged_and_harmless(
+    app: Flask,
+    fail: Any,
+    work: Work,
+    signal: Any,
+    when: str,
+    error: type[BaseException],
+    database_url: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    contexts = []
+    heard = []
+
+    def pushed(sender: Flask, **_: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            contexts.append(sender)
+            if when == "before" and len(contexts) > ITS_OWN:
+                raise error("no context")
+
+    @app.teardown_appcontext
+    def teardown(_: BaseException | None) -> None:
+        if "heard" in g:
+            raise error("no end")
+
+    def receiver(sender: Flask, **_: Any) -> None:
+        g.heard = True
+        heard.append(sender)
+
+    enqueue(app, fail)
+    with signal.connected_to(receiver), appcontext_pushed.connected_to(pushed, app):
+        work()
+    assert len(heard) == (when == "after")
+    assert query(database_url, "SELECT state FROM bq_tasks") == [("FAILED",)]
+    assert query(database_url, "SELECT state FROM bq_workers") == [("SHUTDOWN",)]
+    assert f"The app context of the signal '{signal.name}' raised" in caplog.text
 
 
 @pytest.mark.parametrize("signal", SIGNALS, ids=lambda signal: signal.name)
