@@ -24,11 +24,12 @@ def listen_events(model: type[t.Any]) -> None:
     It goes with the transaction: a rollback, also of a savepoint, takes it back. A
     :class:`BeanQueue` calls this for its task model; calling it again changes nothing.
 
-    :param model: a model that derives from :class:`TaskModelMixin`.
+    :param model: a model that derives from :class:`TaskModelMixin`; those that derive from it are
+        seen to, too.
     """
     for name, listener in (("after_insert", _inserted), ("after_update", _updated)):
         if not sa.event.contains(model, name, listener):
-            sa.event.listen(model, name, listener)
+            sa.event.listen(model, name, listener, propagate=True)
 
 
 def _inserted(mapper: t.Any, connection: Connection, task: t.Any) -> None:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from flask_beanqueue import BeanQueue, LimitAttempt
 from flask_beanqueue.listen import Listener
 
+from .conftest import MakeApp
 from .probe import Probe, query
 
 
@@ -289,3 +290,26 @@ def test_a_task_that_is_given_back_wakes_the_worker_of_any_channel(
         work(channel)
         assert select.select([listener], [], [], 10)[0] == [listener]
         assert listener.drain()
+
+
+def test_a_task_of_a_derived_class_notifies_as_any_other(
+    make_app: MakeApp, db: SQLAlchemy, bq: BeanQueue, ears: Probe, database_url: str
+) -> None:
+    class MailTask(bq.Task):  # type: ignore[name-defined, misc]
+        pass
+
+    app = make_app(db, bq)
+
+    class LateMailTask(MailTask):
+        pass
+
+    with app.app_context():
+        for kind in (MailTask, LateMailTask):
+            task = kind(module="m", func_name="f", channel="mails", state="DONE")
+            db.session.add(task)
+            db.session.add(kind(module="m", func_name="f", channel="images"))
+            db.session.commit()
+            assert heard(ears, database_url) == ["images"]
+            task.state = "PENDING"
+            db.session.commit()
+            assert heard(ears, database_url) == ["mails"]
