@@ -62,8 +62,10 @@ def connect(engine: Engine) -> Connection:
                 " as nobody can read. Move what it holds to a database with ENCODING 'UTF8'."
             )
         pooled = is_pooled(raw, pid)
-        if pooled and engine.driver == "psycopg":
-            t.cast(t.Any, raw).prepare_threshold = None  # the next backend would not know them
+        if engine.driver == "psycopg":
+            # A statement that psycopg 3 has prepared keeps its plan while the table grows from ten
+            # rows to a million; and behind a pooler the next backend would not know it.
+            t.cast(t.Any, raw).prepare_threshold = None
         if level != READ_COMMITTED:
             # Autocommit follows the session's default, and a claim must see what was committed
             # meanwhile.
@@ -185,6 +187,8 @@ def named(
         record.info["beanqueue"] = gone
         # Not changed in place: later connections may be made with the same ones.
         kwargs = {**limits(timeout), **settings, **kwargs, "application_name": name}
+        if dialect.driver == "psycopg":  # tasks are completed on the app's connections
+            kwargs.setdefault("prepare_threshold", None)
         return dialect.connect(*args, **kwargs)
 
     def connect(connection: t.Any, record: t.Any) -> None:

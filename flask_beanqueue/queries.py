@@ -55,11 +55,14 @@ class Queries:
         self._names["picked_at"] = micros("picked.scheduled_at")
         self._names["level_at"] = moment("level.at")
         # How long the statement may wait for a lock, as lock_timeout says it; NULL: as the session
-        # has it. It holds for the statement's own transaction, so no pooler is in its way, and it
-        # is part of the statement, so it costs no round trip.
+        # has it. Beside it, that the check of an event's foreign key is planned each time: its plan
+        # would be kept while the tasks grow from ten to a million. Both hold for the statement's
+        # own transaction, so no pooler is in their way, and they are part of the statement, so they
+        # cost no round trip.
         self._names["patience"] = """patience AS MATERIALIZED (
             SELECT CASE WHEN CAST(:lock_timeout AS text) IS NOT NULL
-                THEN set_config('lock_timeout', :lock_timeout, true) END
+                THEN set_config('lock_timeout', :lock_timeout, true)
+                    || set_config('plan_cache_mode', 'force_custom_plan', true) END
         )"""
         # The greatest integer, which raw SQL may have written. What is counted stays there; claims,
         # which must differ from each other, begin anew.
