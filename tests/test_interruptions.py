@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -95,6 +96,33 @@ def test_each_interruption_is_followed_by_a_longer_pause(
     work()
     [event] = only_task().events
     assert round((event.scheduled_at - event.created_at).total_seconds()) == seconds
+
+
+def test_of_tasks_that_lose_their_connections_together_only_the_first_waits(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Work
+) -> None:
+    """It cannot know yet that others do, too. They have been through a lot already."""
+    together = threading.Barrier(4)
+
+    @bq.processor()
+    def kill(task: Any, db: Any) -> None:
+        db.execute(sa.text("SELECT 1"))
+        if task.interruptions == 5:
+            together.wait(60)
+            db.execute(KILL)
+
+    with app.app_context():
+        for _ in range(4):
+            kill.enqueue().interruptions = 5
+        db.session.commit()
+        work(concurrency=4)
+        delays = db.session.scalars(
+            sa.select(bq.Event.scheduled_at - bq.Event.created_at).order_by(sa.text("1"))
+        )
+        *others, first = [delay.total_seconds() for delay in delays]
+    assert len(others) == 3
+    assert max(others) < 0.1
+    assert round(first) == 32
 
 
 @pytest.mark.usefixtures("patient")
