@@ -31,11 +31,11 @@ ECHO_WITHIN = 1.0
 
 
 def notify_name(channel: str) -> str:
-    """The name to NOTIFY and LISTEN for a channel: itself, or a digest where that is no name.
+    """The name to NOTIFY and LISTEN for a channel: itself, or a digest where it is too long.
 
-    PostgreSQL takes names of 1 to 63 bytes.
+    PostgreSQL takes names of at most 63 bytes.
     """
-    if 0 < len(channel.encode("utf-8", "surrogatepass")) < 64:
+    if len(channel.encode("utf-8", "surrogatepass")) < 64:
         return channel
     return "bq_" + hashlib.sha256(channel.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 

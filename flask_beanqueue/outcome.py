@@ -129,7 +129,8 @@ class Outcome:
                 if self.scheduled_at
                 else None
             ),
-            "channel": notify_name(self.claim.channel) if self.notify else None,
+            # Raw SQL may have written a channel without a name, of which nobody can be told.
+            "channel": (notify_name(self.claim.channel) or None) if self.notify else None,
             "event_id": str(uuid7()) if self.event else None,
             "event": self.event,
             "traceback": self.traceback,

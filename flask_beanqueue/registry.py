@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import logging
 import pkgutil
 import types
 import typing as t
@@ -113,8 +112,8 @@ class Registry:
                     f"There are two processors called {processor.name}, at {known} and {source}."
                     " Tasks find theirs by module and name: rename one."
                 )
-            level = logging.INFO if again else logging.WARNING
-            log.log(level, "%s, from %s, replaces that from %s", processor.name, source, known)
+            say = log.info if again else log.warning
+            say("%s, from %s, replaces that from %s", processor.name, source, known)
         self._processors[key] = processor
         self._sources[key] = source
 

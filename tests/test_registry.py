@@ -106,6 +106,12 @@ def functions_here(name: str) -> list[types.CodeType]:
     return [each for each in consts if isinstance(each, types.CodeType) and each.co_name == name]
 
 
+@pytest.fixture(autouse=True)
+def levels_of_old(caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever level a command has given the logger in another test."""
+    caplog.set_level(logging.NOTSET, "flask_beanqueue")
+
+
 @pytest.mark.parametrize("decorate", [lambda function: function, *DECORATORS])
 def test_a_factory_may_register_its_function_again_also_decorated(
     bq: BeanQueue, decorate: Decorator, caplog: pytest.LogCaptureFixture

@@ -121,8 +121,8 @@ ROWS: dict[str, tuple[dict[str, Any], str, str]] = {
     "a channel without a name": ({"channel": ""}, "PENDING", ""),
     "a channel without a name, taken over": (
         {"channel": "", "state": "PROCESSING"},
-        "FAILED",
-        "invalid parameter value (22023)",
+        "PENDING",
+        "Its worker died (1 of 3 times).",
     ),
     "the first id": ({"id": NIL}, "DONE", ""),
     "the last id": ({"id": "ffffffff-ffff-ffff-ffff-ffffffffffff"}, "DONE", ""),
