@@ -149,6 +149,7 @@ class Executor:
 
     def _perform(self, claim: Claim, processor: AnyProcessor) -> Outcome | None:
         """Call the processor and finish: in its transaction, if it opened one."""
+        sessions = fence.watch(self.queue)
         started = signals.task_started
         if not signals.send(started, self.app, lambda: {"task": self.queue.attach_task(claim)}):
             self._rollback()  # the processor shall not inherit a broken transaction
@@ -163,6 +164,12 @@ class Executor:
         finally:
             if _forks != forks:
                 os._exit(0)  # the processor forked, and this is the child: it must not commit
+        if self.queue.db.session is not sessions:
+            sessions.remove()
+            raise RuntimeError(
+                "db.session was exchanged while the task ran, so what it wrote may be in the one or"
+                " in the other. Exchange it before workers start."
+            )
         if (savepoint := injected.get("savepoint")) is not None and savepoint.is_active:
             savepoint.commit()
         if processor.auto_complete:
@@ -170,7 +177,6 @@ class Executor:
         else:
             outcome = outcomes.parked(claim, result)
         # Asking for the session would make one, also for a task that never had any.
-        sessions = self.queue.db.session
         used = sessions.registry.has() and fence.used(sessions(), claim)
         # A large result is not held until others are written: they might be many.
         if used or len(outcome.result or "") > self.config.largest_held:

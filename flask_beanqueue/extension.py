@@ -153,7 +153,6 @@ class BeanQueue(Queue):
                 self.db, self._bind_key, own["TASK_MODEL"], own["WORKER_MODEL"], own["EVENT_MODEL"]
             )
             listen_events(self._models.task)
-            fence.listen_session(self)
 
     def _model(self, setting: str) -> t.Any:
         assert self._models is not None
@@ -310,6 +309,7 @@ class BeanQueue(Queue):
             check_count("concurrency", concurrency)
         if name is not None:
             check_text("name", name)
+        fence.watch(self)
         import_packages(self.config(app).PROCESSOR_PACKAGES)
         channels = tuple(dict.fromkeys(channels)) or self.registry.channels
         if not channels:

@@ -7,7 +7,7 @@ import uuid
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from . import outcome as outcomes
 from .claim import Claim, ClaimLost, current_claim
@@ -126,52 +126,78 @@ def take_state(queue: Queue, session: Session, claim: Claim, task: t.Any) -> Non
     claim.ended_in = innermost(session) if over else None
 
 
-def listen_session(queue: Queue) -> None:
-    """Watch the sessions of ``db`` for what processors do with them."""
+def watch(queue: Queue) -> t.Any:
+    """Watch what processors do with the sessions of ``db.session``, and return it. It is watched
+    where it is used, for the app may exchange it at any time.
 
-    def after_begin(session: Session, transaction: t.Any, connection: t.Any) -> None:
-        if (claim := current_claim()) is not None:
-            claim.began = True
-
-    def before_flush(session: Session, context: t.Any, instances: t.Any) -> None:
-        # A processor may change its task, or end it by setting its state. A state that was loaded
-        # says nothing: somebody else may have set it.
-        if (claim := current_claim()) is None:
-            return
-        task = queue.known_task(session, claim.id)
-        if task is None or not session.is_modified(task):
-            return
-        refuse_other_session(session, claim)
-        if sa.inspect(task).attrs.state.history.has_changes():
-            take_state(queue, session, claim, task)
-        claim.changed_in = session.get_transaction()
-
-    def before_commit(session: Session) -> None:
-        # A processor commits by itself: fence that commit, too.
-        if (claim := current_claim()) is None:
-            return
-        if session.in_nested_transaction():
-            session.flush()  # the release of a savepoint commits nothing
-        elif session.get_transaction() is claim.fenced_in:
-            pass  # the fence has been written
-        elif used(session, claim):
-            guard(queue, session, claim)
-
-    def after_commit(session: Session) -> None:
-        if (claim := current_claim()) is None:
-            return
-        if (savepoint := session.get_nested_transaction()) is not None:
-            # It hands over what it holds. A savepoint around it that is released with it comes
-            # next, and says so only here.
-            if claim.ended_in is savepoint:
-                claim.ended_in = savepoint.parent
-        elif ended_in(session, claim):
-            claim.settled = True
-            # Or the claim would keep all that they hold.
-            claim.ended_in = claim.fenced_in = claim.changed_in = None
-
+    :raises RuntimeError: if nobody can tell which sessions it makes.
+    """
+    sessions: t.Any = queue.db.session
+    if sessions is queue.watched:
+        return sessions
+    factory = sessions.session_factory if isinstance(sessions, scoped_session) else None
+    if not isinstance(factory, sessionmaker):
+        raise RuntimeError(
+            f"The queue cannot watch what a processor commits in {sessions!r}, which is in the"
+            " place of db.session: write db.session = scoped_session(sessionmaker(…))."
+        )
     for listener in (after_begin, before_flush, before_commit, after_commit):
-        sa.event.listen(queue.db.session, listener.__name__, listener)
+        if not sa.event.contains(sessions, listener.__name__, listener):
+            sa.event.listen(sessions, listener.__name__, listener)
+    queue.watched = sessions
+    return sessions
+
+
+def queue_of(claim: Claim) -> Queue:
+    return t.cast(Queue, claim.app.extensions["beanqueue"])
+
+
+# What sessions tell.
+
+
+def after_begin(session: Session, transaction: t.Any, connection: t.Any) -> None:
+    if (claim := current_claim()) is not None:
+        claim.began = True
+
+
+def before_flush(session: Session, context: t.Any, instances: t.Any) -> None:
+    # A processor may change its task, or end it by setting its state. A state that was loaded
+    # says nothing: somebody else may have set it.
+    if (claim := current_claim()) is None:
+        return
+    task = queue_of(claim).known_task(session, claim.id)
+    if task is None or not session.is_modified(task):
+        return
+    refuse_other_session(session, claim)
+    if sa.inspect(task).attrs.state.history.has_changes():
+        take_state(queue_of(claim), session, claim, task)
+    claim.changed_in = session.get_transaction()
+
+
+def before_commit(session: Session) -> None:
+    # A processor commits by itself: fence that commit, too.
+    if (claim := current_claim()) is None:
+        return
+    if session.in_nested_transaction():
+        session.flush()  # the release of a savepoint commits nothing
+    elif session.get_transaction() is claim.fenced_in:
+        pass  # the fence has been written
+    elif used(session, claim):
+        guard(queue_of(claim), session, claim)
+
+
+def after_commit(session: Session) -> None:
+    if (claim := current_claim()) is None:
+        return
+    if (savepoint := session.get_nested_transaction()) is not None:
+        # It hands over what it holds. A savepoint around it that is released with it comes next,
+        # and says so only here.
+        if claim.ended_in is savepoint:
+            claim.ended_in = savepoint.parent
+    elif ended_in(session, claim):
+        claim.settled = True
+        # Or the claim would keep all that they hold.
+        claim.ended_in = claim.fenced_in = claim.changed_in = None
 
 
 def listen_engine(engine: Engine) -> None:

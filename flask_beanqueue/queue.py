@@ -29,6 +29,8 @@ class Queue:
     _db: SQLAlchemy | None = None
     _models: Models | None = None
     _queries: Queries | None = None
+    #: What ``db.session`` was when the fence has seen it last.
+    watched: t.Any = None
 
     @property
     def db(self) -> SQLAlchemy:

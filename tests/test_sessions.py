@@ -1,0 +1,220 @@
+"""Sessions of the app's own: exchanged, routed, in two phases. What a task writes in them is one
+with its completion, or it is refused with words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flask_sqlalchemy.session
+import pytest
+import sqlalchemy as sa
+from flask import Flask, g
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
+
+from flask_beanqueue import BeanQueue, current_task
+
+from .conftest import only_task, texts
+from .probe import query
+
+Work = Callable[..., None]
+
+
+def flasks_own(app: Flask, db: Any) -> Any:
+    return db._make_scoped_session({"autoflush": True})
+
+
+def plain(app: Flask, db: Any) -> Any:
+    with app.app_context():
+        return scoped_session(sessionmaker(bind=db.engine))
+
+
+def of_another_class(app: Flask, db: Any) -> Any:
+    class Own(flask_sqlalchemy.session.Session):
+        pass
+
+    return db._make_scoped_session({"class_": Own})
+
+
+exchanges = pytest.mark.parametrize("make", [flasks_own, plain, of_another_class])
+
+
+#: As another worker does that takes the task over.
+TAKE_AWAY = "UPDATE bq_tasks SET claims = 7"
+
+
+def do_one(app: Flask, db: Any, bq: BeanQueue, act: Any) -> Any:
+    """Do one task, and return it as it is committed."""
+
+    @bq.processor()
+    def do() -> None:
+        act()
+
+    with app.app_context():
+        do.enqueue()
+        db.session.commit()
+    bq.process_tasks(app=app, burst=True)
+    return only_task(app, bq)
+
+
+@exchanges
+def test_what_a_task_writes_in_an_exchanged_session_is_there_when_it_is_done(
+    app: Flask, db: Any, bq: BeanQueue, Note: Any, make: Any
+) -> None:
+    db.session = make(app, db)
+
+    def act() -> None:
+        db.session.add(Note(text="written"))
+        db.session.flush()
+
+    assert do_one(app, db, bq, act).state == "DONE"
+    assert texts(app, db, Note) == ["written"]
+
+
+@exchanges
+@pytest.mark.parametrize("commits", [False, True])
+def test_an_exchanged_session_is_fenced(
+    app: Flask, db: Any, bq: BeanQueue, Note: Any, make: Any, commits: bool, database_url: str
+) -> None:
+    db.session = make(app, db)
+
+    def act() -> None:
+        db.session.execute(sa.insert(Note).values(text="never"))
+        query(database_url, TAKE_AWAY)
+        if commits:
+            db.session.commit()
+
+    assert do_one(app, db, bq, act).state == "PROCESSING"  # as the other worker has it
+    assert texts(app, db, Note) == []
+
+
+@exchanges
+def test_a_task_is_enqueued_through_an_exchanged_session_and_wakes_its_worker(
+    app: Flask, db: Any, bq: BeanQueue, Note: Any, make: Any, probe: Any
+) -> None:
+    @bq.processor(channel="probe")
+    def nothing() -> None:
+        pass
+
+    db.session = make(app, db)
+    with app.app_context():
+        nothing.enqueue()
+        db.session.rollback()
+        nothing.enqueue()
+        db.session.commit()
+        probe.wait("")
+        nothing.enqueue_many([{}])
+        db.session.commit()
+        probe.wait("")
+        assert db.session.query(bq.Task).count() == 2
+
+
+@exchanges
+def test_a_session_may_be_exchanged_between_tasks_and_back(
+    app: Flask, db: Any, bq: BeanQueue, Note: Any, work: Work, make: Any
+) -> None:
+    sessions = [db.session, make(app, db)]
+    locks = []
+
+    @bq.processor()
+    def write(text: str) -> None:
+        db.session.execute(sa.insert(Note).values(text=text))
+        db.session.commit()
+        db.session.execute(sa.insert(Note).values(text=f"{text}, again"))
+
+    @bq.processor()
+    def exchange() -> None:
+        """Past its own context, which has used no session."""
+        g.exchanges = True
+
+    def end(error: Any) -> None:
+        if g.get("exchanges"):
+            sessions.reverse()
+            db.session = sessions[0]
+
+    app.teardown_appcontext_funcs.insert(0, end)  # the last
+    with app.app_context():
+        for text in ("first", "second", "third"):
+            write.enqueue(text=text)
+            exchange.enqueue()
+        db.session.commit()
+        engine = db.engine
+
+    @sa.event.listens_for(engine, "before_cursor_execute")
+    def count(connection: Any, cursor: Any, statement: str, *rest: Any) -> None:
+        if "FOR NO KEY UPDATE" in statement and current_task:
+            locks.append(statement)
+
+    work(concurrency=1)
+    assert texts(app, db, Note) == [
+        each for text in ("first", "second", "third") for each in (text, f"{text}, again")
+    ]
+    assert len(locks) == 3  # one for each commit halfway
+
+
+def test_a_session_that_is_exchanged_while_a_task_runs_fails_it(
+    app: Flask, db: Any, bq: BeanQueue, Note: Any
+) -> None:
+    """Some of what it writes may be in the one, some in the other."""
+    before = db.session
+
+    def act() -> None:
+        db.session.execute(sa.insert(Note).values(text="never"))
+        db.session = flasks_own(app, db)
+        db.session.execute(sa.insert(Note).values(text="nor this"))
+
+    task = do_one(app, db, bq, act)
+    assert task.state == "FAILED"
+    assert "db.session was exchanged while the task ran" in task.error_message
+    assert texts(app, db, Note) == []
+    with app.app_context():
+        assert bq.engine(app).pool.checkedout() == 0  # type: ignore[attr-defined]
+        assert not before.registry.has()
+
+
+def a_session(app: Flask, db: Any) -> Any:
+    with app.app_context():
+        return Session(db.engine)
+
+
+def of_a_function(app: Flask, db: Any) -> Any:
+    session = a_session(app, db)
+    return scoped_session(lambda: session)
+
+
+@pytest.mark.parametrize("make", [a_session, of_a_function])
+def test_a_session_that_cannot_be_watched_is_refused(
+    app: Flask, db: Any, bq: BeanQueue, make: Any
+) -> None:
+    before = db.session
+    db.session = make(app, db)
+    with pytest.raises(RuntimeError, match=r"write db\.session = scoped_session\(sessionmaker\("):
+        bq.process_tasks(["default"], app=app, burst=True)
+    db.session = before
+
+
+def test_a_session_that_cannot_be_watched_is_refused_before_a_task_begins(
+    app: Flask, db: Any, bq: BeanQueue, work: Work, database_url: str
+) -> None:
+    ran = []
+    sessions = of_a_function(app, db)
+
+    @bq.processor()
+    def exchange() -> None:
+        app.teardown_appcontext_funcs.insert(0, lambda error: setattr(db, "session", sessions))
+
+    @bq.processor()
+    def run() -> None:
+        ran.append(1)
+
+    with app.app_context():
+        exchange.enqueue()
+        run.enqueue()
+        db.session.commit()
+    work(concurrency=1)
+    [(state, error)] = query(
+        database_url, "SELECT state, error_message FROM bq_tasks WHERE func_name = 'run'"
+    )
+    assert state == "FAILED"
+    assert "in the place of db.session" in error
+    assert ran == []
