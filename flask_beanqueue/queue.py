@@ -80,8 +80,17 @@ class Queue:
     # In the session.
 
     def connection(self, session: Session) -> Connection:
-        """The session's connection to the queue's own database, which may be a bind."""
-        return session.connection(bind_arguments={"mapper": self.Task})
+        """The session's connection to the queue's own database, which may be a bind.
+
+        An app's own ``get_bind`` may send what looks like a read to a replica, so its engine counts
+        only if it is the queue's, perhaps with options.
+        """
+        bind = session.get_bind(mapper=self.Task)
+        if type(session).get_bind is not Session.get_bind:
+            engine = self.db.engines[self.Task.__table__.metadata.info.get("bind_key")]
+            if bind.engine.pool is not engine.engine.pool:
+                bind = engine
+        return session.connection(bind_arguments={"bind": bind})
 
     def known_task(self, session: Session, task_id: uuid.UUID) -> t.Any:
         """The task if the session has it already; the database is not asked."""

@@ -4,17 +4,18 @@ with its completion, or it is refused with words."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flask_sqlalchemy.session
 import pytest
 import sqlalchemy as sa
 from flask import Flask, g
+from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from flask_beanqueue import BeanQueue, current_task
 
-from .conftest import only_task, texts
+from .conftest import MakeApp, only_task, texts
 from .probe import query
 
 Work = Callable[..., None]
@@ -218,3 +219,200 @@ def test_a_session_that_cannot_be_watched_is_refused_before_a_task_begins(
     assert state == "FAILED"
     assert "in the place of db.session" in error
     assert ran == []
+
+
+# Sessions that choose where they go.
+
+
+class ByClause(flask_sqlalchemy.session.Session):
+    """As SQLAlchemy's documentation has it: a replica is asked for all but flushes and writes."""
+
+    def get_bind(self, mapper: Any = None, clause: Any = None, **more: Any) -> Any:
+        if self._flushing or isinstance(clause, sa.UpdateBase):  # type: ignore[attr-defined]
+            return super().get_bind(mapper, clause, **more)
+        return self._db.engines["replica"]
+
+
+class ByFlush(flask_sqlalchemy.session.Session):
+    """As its documentation once had it, for the ORM alone."""
+
+    def get_bind(self, mapper: Any = None, clause: Any = None) -> Any:  # type: ignore[override]
+        if self._flushing:  # type: ignore[attr-defined]
+            return super().get_bind(mapper, clause)
+        return self._db.engines["replica"]
+
+
+class WithOptions(flask_sqlalchemy.session.Session):
+    """For whom the same engine is to do something differently."""
+
+    def get_bind(self, *args: Any, **more: Any) -> Any:
+        engine = super().get_bind(*args, **more)
+        return vars(engine).setdefault("for_sessions", engine.execution_options(mine=True))
+
+
+class Routed(NamedTuple):
+    app: Flask
+    db: Any
+    bq: BeanQueue
+    Note: Any
+
+
+@pytest.fixture(params=[ByClause, ByFlush, WithOptions])
+def class_(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture(params=[None, "queue"], ids=["default", "bind"])
+def routed(
+    request: pytest.FixtureRequest, class_: Any, make_app: MakeApp, database_url: str
+) -> Routed:
+    """An app whose session sends reads to a replica, which takes no writes."""
+    db = SQLAlchemy(session_options={"class_": class_})
+    bq = BeanQueue(db=db, bind_key=request.param)
+
+    class Note(db.Model):  # type: ignore[name-defined, misc]
+        __bind_key__ = request.param
+        id = sa.Column(sa.Integer, primary_key=True)
+        text = sa.Column(sa.Text, nullable=False)
+        __table_args__ = (sa.UniqueConstraint("text", deferrable=True, initially="DEFERRED"),)
+
+    read_only = {"options": "-c default_transaction_read_only=on"}
+    binds: dict[str, Any] = {"replica": {"url": database_url, "connect_args": read_only}}
+    if request.param is not None:
+        binds[request.param] = database_url
+    return Routed(make_app(db, bq, SQLALCHEMY_BINDS=binds), db, bq, Note)
+
+
+def test_what_a_task_does_in_a_routed_session_is_one_with_its_completion(routed: Routed) -> None:
+    app, db, bq, Note = routed
+
+    def act() -> None:
+        db.session.add(Note(text="written"))
+        db.session.flush()
+        db.session.scalars(sa.select(Note)).all()
+
+    assert do_one(app, db, bq, act).state == "DONE"
+    assert texts(app, db, Note) == ["written"]
+
+
+def test_a_routed_session_whose_commit_fails_commits_nothing(routed: Routed) -> None:
+    """Had it a transaction for the completion alone, that might go through."""
+    app, db, bq, Note = routed
+
+    def act() -> None:
+        db.session.add_all([Note(text="twice"), Note(text="twice")])
+
+    task = do_one(app, db, bq, act)
+    assert (task.state, texts(app, db, Note)) == ("FAILED", [])
+    assert "IntegrityError" in task.error_message
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_commit_halfway_of_a_routed_session_is_fenced(
+    routed: Routed, is_lost: bool, database_url: str
+) -> None:
+    app, db, bq, Note = routed
+
+    def act() -> None:
+        db.session.add(Note(text="halfway"))
+        if is_lost:
+            query(database_url, TAKE_AWAY)
+        db.session.commit()
+
+    assert do_one(app, db, bq, act).state == ("PROCESSING" if is_lost else "DONE")
+    assert texts(app, db, Note) == ([] if is_lost else ["halfway"])
+
+
+def test_a_task_sets_its_state_in_a_routed_session(routed: Routed) -> None:
+    app, db, bq, _ = routed
+
+    def act() -> None:
+        current_task.state = "CANCELLED"
+
+    assert do_one(app, db, bq, act).state == "CANCELLED"
+
+
+def test_many_tasks_are_enqueued_in_a_routed_session_with_its_rows(
+    routed: Routed, database_url: str
+) -> None:
+    app, db, bq, Note = routed
+
+    @bq.processor()
+    def nothing() -> None:
+        pass
+
+    with app.app_context():
+        for text in ("never", "written"):
+            db.session.add(Note(text=text))
+            db.session.flush()
+            nothing.enqueue_many([{}, {}])
+            assert query(database_url, "SELECT count(*) FROM bq_tasks") == [(0,)]
+            if text == "never":
+                db.session.rollback()
+        db.session.add(Note(text="written"))
+        with pytest.raises(sa.exc.IntegrityError):
+            db.session.commit()
+        assert query(database_url, "SELECT count(*) FROM bq_tasks") == [(0,)]
+
+
+@pytest.mark.parametrize("end", ["complete", "fail"])
+def test_a_view_ends_a_task_in_a_routed_session(
+    routed: Routed, end: str, database_url: str
+) -> None:
+    app, db, bq, Note = routed
+
+    @bq.processor(auto_complete=False)
+    def wait() -> None:
+        db.session.add(Note(text="waits"))
+
+    with app.app_context():
+        wait.enqueue()
+        db.session.commit()
+        bq.process_tasks(app=app, burst=True)
+        [(task_id,)] = query(database_url, "SELECT id FROM bq_tasks")
+        if end == "complete":
+            bq.complete(task_id)
+        else:
+            bq.fail(task_id, error="no")
+        db.session.commit()
+    assert query(database_url, "SELECT state FROM bq_tasks") == [
+        ("DONE" if end == "complete" else "FAILED",)
+    ]
+
+
+def test_an_exchanged_session_with_an_engine_of_its_own_is_one_transaction_with_the_queue(
+    app: Flask, db: Any, bq: BeanQueue, Note: Any, database_url: str
+) -> None:
+    query(database_url, "ALTER TABLE note ADD UNIQUE (text) DEFERRABLE INITIALLY DEFERRED")
+    engine = sa.create_engine(database_url)
+    db.session = scoped_session(sessionmaker(bind=engine))
+
+    def act() -> None:
+        db.session.add_all([Note(text="twice"), Note(text="twice")])
+
+    assert do_one(app, db, bq, act).state == "FAILED"
+    assert query(database_url, "SELECT * FROM note") == []
+    engine.dispose()
+
+
+def test_tasks_may_be_enqueued_while_a_test_holds_a_connection_in_the_engines_place(
+    app: Flask, db: Any, bq: BeanQueue, Note: Any, database_url: str
+) -> None:
+    """So tests are rolled back that say commit."""
+
+    @bq.processor()
+    def nothing() -> None:
+        pass
+
+    with app.app_context():
+        engine = db.engines[None]
+        with engine.connect() as connection, connection.begin() as transaction:
+            db.engines[None] = connection
+            db.session.add(Note(text="a row", task=nothing.run()))
+            nothing.enqueue_many([{}, {}])
+            db.session.commit()
+            assert db.session.query(bq.Task).count() == 3
+            db.session.remove()
+            transaction.rollback()
+        db.engines[None] = engine
+        assert query(database_url, "SELECT count(*) FROM bq_tasks") == [(0,)]
