@@ -19,6 +19,7 @@ from . import outcome as outcomes
 from . import worker as workers
 from .claim import current_claim, this_app
 from .config import PREFIX, Config, ConfigError
+from .handover import check_schema, listen_writes
 from .listen import Source
 from .models import make_models
 from .notify import listen_events
@@ -106,7 +107,7 @@ class BeanQueue(Queue):
         self._make_models(config)
         self._configs[app] = config
         engine = self.engine(app)
-        check_engine(engine, self._bind_key)
+        check_engine(engine, self.models.tables)
         fence.listen_engine(engine)
         if not config.NOTIFY:
             engine.update_execution_options(bq_notify=False)
@@ -153,6 +154,7 @@ class BeanQueue(Queue):
                 self.db, self._bind_key, own["TASK_MODEL"], own["WORKER_MODEL"], own["EVENT_MODEL"]
             )
             listen_events(self._models.task)
+            listen_writes(self._models.task)
 
     def _model(self, setting: str) -> t.Any:
         assert self._models is not None
@@ -319,12 +321,14 @@ class BeanQueue(Queue):
                 " BQ_PROCESSOR_PACKAGES."
             )
         config = self.config(app)
+        engine = self.engine(app)
+        check_engine(engine, self.models.tables)
         return workers.Worker(
             app,
             self,
             self.registry,
             config,
-            self.engine(app),
+            engine,
             channels,
             concurrency=concurrency,
             burst=burst,
@@ -366,9 +370,10 @@ def load_model(setting: str, name: str) -> type[t.Any]:
     return t.cast(type[t.Any], model)
 
 
-def check_engine(engine: Engine, bind_key: str | None) -> None:
-    """Refuse a database that cannot keep the queue's promises.
+def check_engine(engine: Engine, tables: t.Iterable[sa.Table]) -> None:
+    """Refuse an engine with which the queue cannot keep its promises.
 
+    :param tables: the queue's.
     :raises RuntimeError: saying why.
     """
     if engine.dialect.name != "postgresql":
@@ -391,6 +396,7 @@ def check_engine(engine: Engine, bind_key: str | None) -> None:
             "The engine is in AUTOCOMMIT, where a task and its data cannot be committed together."
             " Take isolation_level out of SQLALCHEMY_ENGINE_OPTIONS."
         )
+    check_schema(engine.get_execution_options(), *tables)
 
 
 def _current_task() -> t.Any:

@@ -19,12 +19,15 @@ from .probe import query
 
 Work = Callable[..., None]
 
+#: A database that is not there.
+URL = "postgresql+psycopg2://nowhere.invalid/none"
+
 
 @pytest.fixture
 def plain_app() -> Flask:
     """An app whose database is not there, for what must not need it."""
     app = Flask(__name__)
-    app.config["SQLALCHEMY_DATABASE_URI"] = "postgresql+psycopg2://nowhere.invalid/none"
+    app.config["SQLALCHEMY_DATABASE_URI"] = URL
     return app
 
 
@@ -265,6 +268,22 @@ def test_autocommit_is_refused(
     refused(plain_app, db, bq, "The engine is in AUTOCOMMIT", SQLALCHEMY_ENGINE_OPTIONS=options)
 
 
+@pytest.mark.parametrize("bind_key", [None, "queue"])
+def test_a_map_that_renames_the_schema_of_the_queues_tables_is_refused(
+    plain_app: Flask, db: SQLAlchemy, bind_key: str | None
+) -> None:
+    """Workers would look into another table than the ORM."""
+    options = {"execution_options": {"schema_translate_map": {None: "tenant_a"}}}
+    refused(
+        plain_app,
+        db,
+        BeanQueue(db=db, bind_key=bind_key),
+        "moves bq_workers to the schema 'tenant_a', where no worker looks: make tables",
+        SQLALCHEMY_BINDS={"queue": {"url": URL, **(options if bind_key else {})}},
+        SQLALCHEMY_ENGINE_OPTIONS={} if bind_key else options,
+    )
+
+
 @pytest.mark.parametrize("level", ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"])
 def test_isolation_levels_of_the_apps_own_are_fine(make_app: MakeApp, level: str) -> None:
     bq = BeanQueue()
@@ -291,7 +310,7 @@ def test_a_bind_that_is_missing_is_named(plain_app: Flask, db: SQLAlchemy) -> No
 
 def test_a_default_database_that_is_missing_is_named(db: SQLAlchemy, bq: BeanQueue) -> None:
     app = Flask(__name__)
-    binds = {"other": "postgresql+psycopg2://nowhere.invalid/none"}
+    binds = {"other": URL}
     refused(app, db, bq, "set SQLALCHEMY_DATABASE_URI", SQLALCHEMY_BINDS=binds)
 
 

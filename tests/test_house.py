@@ -23,6 +23,7 @@ FLOORS = """
     registry
     processor
     queue notify
+    handover
     queries
     models
     marks reloader fanout

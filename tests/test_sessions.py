@@ -13,7 +13,16 @@ from flask import Flask, g
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from flask_beanqueue import BeanQueue, current_task
+from flask_beanqueue import (
+    BeanQueue,
+    EventModelMixin,
+    EventModelRefTaskMixin,
+    TaskModelMixin,
+    TaskModelRefWorkerMixin,
+    WorkerModelMixin,
+    WorkerRefMixin,
+    current_task,
+)
 
 from .conftest import MakeApp, only_task, texts
 from .probe import query
@@ -416,3 +425,123 @@ def test_tasks_may_be_enqueued_while_a_test_holds_a_connection_in_the_engines_pl
             transaction.rollback()
         db.engines[None] = engine
         assert query(database_url, "SELECT count(*) FROM bq_tasks") == [(0,)]
+
+
+# Sessions for which tables are elsewhere.
+
+TENANT = {"schema_translate_map": {None: "tenant_a"}}
+
+
+def enqueue(db: Any, processor: Any) -> None:
+    processor.enqueue()
+    db.session.flush()
+
+
+def add(db: Any, processor: Any) -> None:
+    db.session.add(processor.run())
+    db.session.flush()
+
+
+def enqueue_many(db: Any, processor: Any) -> None:
+    processor.enqueue_many([{}])
+
+
+def cancel(db: Any, processor: Any) -> None:
+    task = db.session.query(processor.queue.Task).one()
+    task.state = "CANCELLED"
+    db.session.flush()
+
+
+@pytest.mark.parametrize("way", [enqueue, add, enqueue_many, cancel])
+@pytest.mark.parametrize("whose", ["session", "engine", "connection"])
+def test_tasks_are_not_written_where_no_worker_looks(
+    app: Flask, db: Any, bq: BeanQueue, way: Any, whose: str, database_url: str
+) -> None:
+    @bq.processor()
+    def nothing() -> None:
+        pass
+
+    query(database_url, "CREATE SCHEMA tenant_a")
+    if way is cancel:
+        query(database_url, "CREATE TABLE tenant_a.bq_tasks (LIKE bq_tasks INCLUDING ALL)")
+        query(database_url, "INSERT INTO tenant_a.bq_tasks (module, func_name) VALUES ('a', 'b')")
+    with app.app_context():
+        if whose == "session":
+            db.session.connection(execution_options=TENANT)
+        elif whose == "engine":
+            db.engine.update_execution_options(**TENANT)
+        else:
+            db.session.connection().execution_options(**TENANT)
+        with pytest.raises(RuntimeError, match="moves bq_tasks to the schema 'tenant_a'"):
+            way(db, nothing)
+        db.session.rollback()
+        if whose == "engine":
+            with pytest.raises(RuntimeError, match="moves bq_workers to the schema 'tenant_a'"):
+                bq.process_tasks(burst=True)
+
+
+def test_a_map_that_leaves_the_queues_schema_alone_is_fine(
+    make_app: MakeApp, database_url: str
+) -> None:
+    db: Any = SQLAlchemy()
+
+    class Task(TaskModelMixin, TaskModelRefWorkerMixin, db.Model):
+        __tablename__ = "tasks"
+        __table_args__ = {"schema": "queue"}  # noqa: RUF012
+        bq_worker_table = "queue.workers"
+        bq_worker_class = "Worker"
+
+    class Worker(WorkerModelMixin, WorkerRefMixin, db.Model):
+        __tablename__ = "workers"
+        __table_args__ = {"schema": "queue"}  # noqa: RUF012
+        bq_task_class = "Task"
+
+    class Event(EventModelMixin, EventModelRefTaskMixin, db.Model):
+        __tablename__ = "events"
+        __table_args__ = {"schema": "queue"}  # noqa: RUF012
+        bq_task_table = "queue.tasks"
+        bq_task_class = "Task"
+        bq_task_events = None
+
+    class Note(db.Model):  # type: ignore[name-defined, misc]
+        id = sa.Column(sa.Integer, primary_key=True)
+        text = sa.Column(sa.Text, nullable=False)
+
+    bq = BeanQueue(db=db, task_model=Task, worker_model=Worker, event_model=Event)
+    query(database_url, "CREATE SCHEMA queue")
+    query(database_url, "CREATE SCHEMA tenant_a")
+    options = {"execution_options": TENANT}
+    app = make_app(db, bq, SQLALCHEMY_ENGINE_OPTIONS=options)
+
+    @bq.processor()
+    def more(task: Any) -> None:
+        assert task.created_at is not None
+
+    def act() -> None:
+        db.session.add(Note(text="written"))
+        more.enqueue()
+        more.enqueue_many([{}])
+
+    @bq.processor()
+    def do() -> None:
+        act()
+
+    with app.app_context():
+        do.enqueue()
+        db.session.commit()
+    bq.process_tasks(app=app, burst=True)
+    assert query(database_url, "SELECT state FROM queue.tasks") == [("DONE",)] * 3
+    assert query(database_url, "SELECT text FROM tenant_a.note") == [("written",)]
+
+
+def test_a_task_may_work_for_a_tenant_whose_tables_have_another_schema(
+    app: Flask, db: Any, bq: BeanQueue, Note: Any, database_url: str
+) -> None:
+    query(database_url, "CREATE SCHEMA tenant_a CREATE TABLE note (LIKE public.note INCLUDING ALL)")
+
+    def act() -> None:
+        db.session.connection(execution_options=TENANT)
+        db.session.execute(sa.insert(Note).values(id=1, text="a tenant's"))
+
+    assert do_one(app, db, bq, act).state == "DONE"
+    assert query(database_url, "SELECT text FROM tenant_a.note") == [("a tenant's",)]
