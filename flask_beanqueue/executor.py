@@ -70,28 +70,29 @@ class Executor:
         if processor is None:
             return outcomes.unknown(claim, len(self.registry), self.config.UNKNOWN_GRACE)
         outcome: Outcome | None = None
+        told = 0
         try:
             with running(claim, self.app), self.app.app_context():
-                outcome = self._attempt(claim, processor)
+                try:
+                    outcome = self._perform(claim, processor)
+                except BaseException as error:  # sys.exit() in a task must not end its worker
+                    outcome = self._decide(claim, processor, error)
+                    told = id(error)
+                    raise  # to tell it to what the app runs at the end of its contexts
         except BaseException as error:
-            # A function that the app runs around its contexts raised: before the processor, or
-            # after.
-            if outcome is None and not claim.settled:
-                return outcomes.failed(claim, error)
-            log.exception("The app context of %s", claim.label, extra=claim.log_extra())
+            if id(error) != told:
+                # A function that the app runs around its contexts raised: before the processor, or
+                # after.
+                if outcome is None and not claim.settled:
+                    return outcomes.failed(claim, error)
+                log.exception("The app context of %s", claim.label, extra=claim.log_extra())
         return outcome
 
-    def _attempt(self, claim: Claim, processor: AnyProcessor) -> Outcome | None:
-        """Perform the task, and turn whatever it raises into an outcome."""
-        try:
-            return self._perform(claim, processor)
-        except BaseException as error:  # sys.exit() in a task must not end its worker
-            return self._raised(claim, processor, error)
-
-    def _raised(
+    def _decide(
         self, claim: Claim, processor: AnyProcessor, error: BaseException
     ) -> Outcome | None:
-        """Decide what comes of a task that has raised, and log that."""
+        """Roll back, turn what a task has raised into an outcome, within its app context, and log
+        that."""
         self._rollback()
         if claim.settled:
             log.exception("%s raised after its end", claim.label, extra=claim.log_extra())

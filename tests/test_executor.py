@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from flask import Flask, appcontext_pushed, current_app, g
+from flask import Flask, appcontext_pushed, appcontext_tearing_down, current_app, g
 from flask_sqlalchemy import SQLAlchemy
 
-from flask_beanqueue import BeanQueue, LimitAttempt, current_task
+from flask_beanqueue import BeanQueue, LimitAttempt, current_task, task_failed
 from flask_beanqueue.log import log
 
 from .conftest import only_task, texts
@@ -303,6 +303,116 @@ def test_a_teardown_function_that_raises_does_not_change_the_outcome(
     task = only_task(app, bq)
     assert (task.state, task.result) == ("DONE", "done")
     assert "RuntimeError: teardown" in caplog.text
+
+
+class Stop(BaseException):
+    pass
+
+
+def violate(db: Any, Note: Any) -> None:
+    db.add(Note())
+
+
+def lose(db: Any, Note: Any) -> None:
+    db.add(Note(text="never"))
+    db.execute(sa.text("UPDATE bq_tasks SET claims = 7"))
+
+
+def raise_(error: BaseException) -> Callable[..., None]:
+    def act(db: Any, Note: Any) -> None:
+        db.add(Note(text="never"))
+        raise error
+
+    return act
+
+
+@pytest.mark.parametrize(
+    ("act", "name"),
+    [
+        (raise_(ValueError("no good")), "ValueError"),
+        (raise_(SystemExit(3)), "SystemExit"),
+        (raise_(KeyboardInterrupt()), "KeyboardInterrupt"),
+        (raise_(Stop()), "Stop"),
+        (violate, "IntegrityError"),  # raised as the worker commits
+        (lose, "ClaimLost"),
+    ],
+    ids=["ValueError", "SystemExit", "KeyboardInterrupt", "Stop", "IntegrityError", "ClaimLost"],
+)
+def test_what_a_task_raises_is_told_to_teardown_functions(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work, act: Any, name: str
+) -> None:
+    seen: list[Any] = []
+
+    @bq.processor(retry_policy=LimitAttempt(1))
+    def do(db: Any) -> None:
+        act(db, Note)
+
+    def look(error: BaseException | None) -> None:
+        if current_task:
+            # What it has written is rolled back by now.
+            seen.append((type(error).__name__, db.session.query(Note).count()))
+
+    app.teardown_appcontext(look)
+    app.teardown_appcontext(look)
+    with app.app_context():
+        do.enqueue()
+        db.session.commit()
+    told = []
+    with appcontext_tearing_down.connected_to(lambda sender, exc: told.append(exc), app):
+        work()
+    assert seen == [(name, 0)] * 2
+    assert [type(error).__name__ for error in told if error is not None] == [name]
+    task = only_task(app, bq)
+    assert task.state == "FAILED"
+    assert task.error_message.startswith(name)
+
+
+def test_a_task_that_succeeds_tells_teardown_functions_of_no_error(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work
+) -> None:
+    seen = []
+
+    @bq.processor()
+    def write(db: Any) -> None:
+        db.add(Note(text="hello"))
+
+    @app.teardown_appcontext
+    def look(error: BaseException | None) -> None:
+        if current_task:
+            seen.append(error)
+
+    with app.app_context():
+        write.enqueue()
+        db.session.commit()
+    work()
+    assert seen == [None]
+
+
+@pytest.mark.parametrize("raises_again", [False, True])
+def test_a_teardown_function_that_raises_in_its_turn_does_not_change_the_outcome(
+    app: Flask,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    work: Work,
+    caplog: pytest.LogCaptureFixture,
+    raises_again: bool,
+) -> None:
+    @bq.processor()
+    def fail() -> None:
+        raise ValueError("its own")
+
+    @app.teardown_appcontext
+    def teardown(error: BaseException | None) -> None:
+        if current_task:
+            raise error if raises_again and error is not None else RuntimeError("teardown")
+
+    with app.app_context():
+        fail.enqueue()
+        db.session.commit()
+    work()
+    task = only_task(app, bq)
+    assert (task.state, task.error_message, task.attempts) == ("FAILED", "ValueError: its own", 1)
+    assert ("RuntimeError: teardown" in caplog.text) == (not raises_again)
 
 
 def test_a_logging_filter_that_raises_loses_no_task(
