@@ -19,7 +19,7 @@ from . import outcome as outcomes
 from . import worker as workers
 from .claim import current_claim, this_app
 from .config import PREFIX, Config, ConfigError
-from .handover import check_schema, listen_writes
+from .handover import check_schema, listen_writes, tell_uncommitted
 from .listen import Source
 from .models import make_models
 from .notify import listen_events
@@ -113,6 +113,7 @@ class BeanQueue(Queue):
             engine.update_execution_options(bq_notify=False)
         for name, value in vars(config).items():
             app.config.setdefault(f"{PREFIX}{name}", value)
+        tell_uncommitted(app, db)
         app.extensions["beanqueue"] = self
         app.shell_context_processor(lambda: {"bq": self})
 

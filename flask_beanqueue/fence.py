@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from . import outcome as outcomes
 from .claim import Claim, ClaimLost, current_claim
 from .errors import is_passing
+from .handover import innermost, note
 from .models import PENDING, PROCESSING
 from .outcome import Outcome
 from .queue import Queue
@@ -42,14 +43,9 @@ def used(session: Session, claim: Claim) -> bool:
     return bool(pending) or (claim.began and session.in_transaction())
 
 
-def innermost(session: Session) -> t.Any:
-    """The session's open savepoint, or its transaction."""
-    return session.get_nested_transaction() or session.get_transaction()
-
-
 def ended_in(session: Session, claim: Claim) -> bool:
     """Whether the session's open transaction holds the task's outcome."""
-    transaction = innermost(session)
+    transaction: t.Any = innermost(session)
     while transaction is not None and transaction is not claim.ended_in:
         transaction = transaction.parent
     return transaction is not None
@@ -249,5 +245,6 @@ def end(queue: Queue, task_id: uuid.UUID, decide: t.Callable[[Claim], Outcome]) 
     if not outcomes.write_one(queue.queries, connection, outcome):
         raise TaskStateError(f"Task {task_id} was taken from this worker.", state)
     claim.ended_in = innermost(session)
+    note(session, f"the end of the task {claim.name}")
     if (task := queue.known_task(session, task_id)) is not None:
         session.expire(task)

@@ -3,19 +3,113 @@
 from __future__ import annotations
 
 import typing as t
+import weakref
 
 import sqlalchemy as sa
+from flask import Flask, Response, after_this_request, has_request_context
+from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.engine import Connection
+from sqlalchemy.orm import Session, SessionTransaction, object_session
+
+from .log import log
+from .models import TaskModelMixin
+
+#: What was done in a session's transaction, or in a savepoint, and needs its commit: in words.
+_uncommitted: weakref.WeakKeyDictionary[SessionTransaction, set[str]] = weakref.WeakKeyDictionary()
+
+#: Whether a session is asked for such things at the end of its app context, in ``Session.info``.
+ASKED = "beanqueue_asked"
 
 
 def listen_writes(model: type[t.Any]) -> None:
-    """Refuse to write tasks of this model where workers do not look for them."""
-    for name in ("before_insert", "before_update"):
-        sa.event.listen(model, name, _before_write, propagate=True)
+    """Watch what is written of a task model: when, where, and whether it is committed."""
+    sa.event.listen(model, "before_insert", _before_insert, propagate=True)
+    sa.event.listen(model, "before_update", _before_update, propagate=True)
+    for name, listener in (("before_attach", _before_attach), ("after_commit", _after_commit)):
+        if not sa.event.contains(Session, name, listener):
+            sa.event.listen(Session, name, listener)
 
 
-def _before_write(mapper: t.Any, connection: Connection, task: t.Any) -> None:
+def _before_attach(session: Session, instance: t.Any) -> None:
+    if isinstance(instance, TaskModelMixin) and sa.inspect(instance).transient:
+        _ask(session)
+
+
+def _before_insert(mapper: t.Any, connection: Connection, task: t.Any) -> None:
     check_schema(connection.get_execution_options(), mapper.local_table)
+    note(object_session(task), f"the task {task.module}.{task.func_name}")
+
+
+def _before_update(mapper: t.Any, connection: Connection, task: t.Any) -> None:
+    check_schema(connection.get_execution_options(), mapper.local_table)
+
+
+def _after_commit(session: Session) -> None:
+    # A savepoint that is released hands over what was done in it.
+    savepoint = session.get_nested_transaction()
+    if savepoint is not None and savepoint.parent is not None and savepoint in _uncommitted:
+        _uncommitted.setdefault(savepoint.parent, set()).update(_uncommitted.pop(savepoint))
+
+
+def note(session: Session | None, what: str) -> None:
+    """Note that something was done in a session's transaction which its commit is to hand over."""
+    if session is not None and (transaction := innermost(session)) is not None:
+        _uncommitted.setdefault(transaction, set()).add(what)
+        _ask(session)
+
+
+def _ask(session: Session) -> None:
+    """Ask the session at the end of its app context, unless its request answers with an error."""
+    if ASKED not in session.info:
+        session.info[ASKED] = True
+        if has_request_context():
+
+            def forgive(response: Response) -> Response:
+                session.info[ASKED] = response.status_code < 400
+                return response
+
+            after_this_request(forgive)
+
+
+def innermost(session: Session) -> SessionTransaction | None:
+    """Return the session's open savepoint, or its transaction."""
+    return session.get_nested_transaction() or session.get_transaction()
+
+
+def tell_uncommitted(app: Flask, db: SQLAlchemy) -> None:
+    """Warn when an app context ends well and what was done in it is not committed.
+
+    A commit, or a rollback, at the end of the context may be the app's own: it comes before this.
+    """
+
+    def tell(error: BaseException | None) -> None:
+        if error is not None or not db.session.registry.has():
+            return
+        session: Session = db.session()
+        if not session.info.get(ASKED):
+            return
+        lost = {
+            f"the task {task.module}.{task.func_name}"
+            for task in session.new
+            if isinstance(task, TaskModelMixin)
+        }
+        transaction = innermost(session)
+        while transaction is not None:
+            lost |= _uncommitted.get(transaction, set())
+            transaction = transaction.parent
+        if lost:
+            log.warning(
+                "Lost, since the app context has ended without a commit: %s. Call"
+                " db.session.commit(), or db.session.rollback() if it was to be dropped.",
+                ", ".join(sorted(lost)),
+            )
+
+    functions = app.teardown_appcontext_funcs  # the last comes first
+    removes = [getattr(each, "__self__", None) is db for each in functions]
+    functions.insert(removes.index(True) + 1, tell)
+
+
+# Where: in the tables of the workers.
 
 
 def check_schema(options: t.Mapping[str, t.Any], *tables: t.Any) -> None:

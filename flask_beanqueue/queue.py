@@ -12,7 +12,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
 from .claim import Claim, current_claim, current_task_id
-from .handover import check_schema
+from .handover import check_schema, note
 from .models import PROCESSING, Models, uuid7s
 from .options import Options
 from .queries import Queries
@@ -169,7 +169,8 @@ class Queue:
     ) -> list[uuid.UUID]:
         """Insert tasks with one statement, their arguments given as JSON; return their ids."""
         ids = uuid7s(len(kwargs))
-        connection = self.connection(self.db.session())
+        session: Session = self.db.session()
+        connection = self.connection(session)
         check_schema(connection.get_execution_options(), self.Task.__table__)
         parent_id = current_task_id()
         self.queries.insert(
@@ -184,4 +185,5 @@ class Queue:
             delay=options.delay,
             parent_id=parent_id and str(parent_id),
         )
+        note(session, f"the task {module}.{func_name}")
         return ids
