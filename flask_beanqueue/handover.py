@@ -32,6 +32,7 @@ def listen_writes(model: type[t.Any]) -> None:
 
 def _before_attach(session: Session, instance: t.Any) -> None:
     if isinstance(instance, TaskModelMixin) and sa.inspect(instance).transient:
+        check_open(session)
         _ask(session)
 
 
@@ -49,6 +50,23 @@ def _after_commit(session: Session) -> None:
     savepoint = session.get_nested_transaction()
     if savepoint is not None and savepoint.parent is not None and savepoint in _uncommitted:
         _uncommitted.setdefault(savepoint.parent, set()).update(_uncommitted.pop(savepoint))
+
+
+# When: before the commit.
+
+
+def check_open(session: Session) -> None:
+    """Refuse to enqueue a task in a transaction that commits no more.
+
+    :raises RuntimeError: if that is so.
+    """
+    transaction = session.get_transaction()
+    if transaction is not None and not transaction.is_active:
+        raise RuntimeError(
+            "This transaction is over, and a task that is enqueued in it now would be lost. Enqueue"
+            " before the commit: it hands the task over, so no after_commit hook is needed. After"
+            " an error, call db.session.rollback() first."
+        )
 
 
 def note(session: Session | None, what: str) -> None:

@@ -12,7 +12,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
 from .claim import Claim, current_claim, current_task_id
-from .handover import check_schema, note
+from .handover import check_open, check_schema, note
 from .models import PROCESSING, Models, uuid7s
 from .options import Options
 from .queries import Queries
@@ -170,6 +170,7 @@ class Queue:
         """Insert tasks with one statement, their arguments given as JSON; return their ids."""
         ids = uuid7s(len(kwargs))
         session: Session = self.db.session()
+        check_open(session)
         connection = self.connection(session)
         check_schema(connection.get_execution_options(), self.Task.__table__)
         parent_id = current_task_id()

@@ -10,8 +10,9 @@ import pytest
 import sqlalchemy as sa
 from flask import Flask, abort
 from flask_sqlalchemy import SQLAlchemy
+from flask_sqlalchemy.track_modifications import models_committed
 
-from flask_beanqueue import BeanQueue, task_succeeded
+from flask_beanqueue import BeanQueue, current_task, task_succeeded
 
 from .conftest import MakeApp
 from .probe import query
@@ -284,3 +285,149 @@ def test_what_a_receiver_forgets_to_commit_is_told(
     with task_succeeded.connected_to(follow):
         work()
     assert warnings(caplog) == [PACK]
+
+
+# After the commit.
+
+
+@pytest.fixture
+def after_commit(db: SQLAlchemy) -> Any:
+    """Lets something be done when ``db.session`` has committed, once."""
+
+    def do(act: Callable[[], None]) -> list[str]:
+        raised: list[str] = []
+
+        def listener(session: Any) -> None:
+            if not raised:
+                raised.append("")
+                try:
+                    act()
+                except RuntimeError as error:
+                    raised[0] = str(error)
+
+        sa.event.listen(db.session, "after_commit", listener)
+        return raised
+
+    return do
+
+
+@pytest.mark.parametrize("way", [enqueue, add, add_with_row, enqueue_many])
+@pytest.mark.parametrize("with_task", [False, True])
+def test_a_task_cannot_be_enqueued_after_the_commit(
+    app: Flask,
+    db: Any,
+    pack: Any,
+    Note: Any,
+    after_commit: Any,
+    way: Any,
+    with_task: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It would wait for another commit, which nobody knows of."""
+    raised = after_commit(lambda: way(db, pack, Note))
+    with app.app_context():
+        db.session.add(Note(text="a row"))
+        if with_task:
+            pack.enqueue()
+        db.session.commit()
+    [message] = raised
+    assert "Enqueue before the commit: it hands the task over, so no after_commit" in message
+    assert warnings(caplog) == []
+
+
+def test_nor_can_it_where_a_signal_tells_of_the_commit(make_app: MakeApp, pack: Any) -> None:
+    db = SQLAlchemy()
+    bq = BeanQueue(db=db)
+    app = make_app(db, bq, SQLALCHEMY_TRACK_MODIFICATIONS=True)
+
+    @bq.processor()
+    def thank() -> None:
+        pass
+
+    def receiver(sender: Flask, changes: Any) -> None:
+        thank.enqueue()
+
+    with app.app_context(), models_committed.connected_to(receiver, app):
+        thank.enqueue()
+        with pytest.raises(RuntimeError, match="no after_commit hook is needed"):
+            db.session.commit()
+
+
+def test_nor_can_it_in_a_processor(
+    app: Flask, db: Any, bq: BeanQueue, pack: Any, Note: Any, after_commit: Any, work: Work
+) -> None:
+    @bq.processor()
+    def order(db: Any) -> None:
+        db.add(Note(text="a row"))
+
+    with app.app_context():
+        order.enqueue()
+        db.session.commit()
+    raised = after_commit(pack.enqueue)
+    work()
+    assert "no after_commit hook is needed" in raised[0]
+
+
+def test_a_task_may_be_enqueued_when_a_savepoint_is_released_or_another_session_commits(
+    app: Flask, db: Any, pack: Any, after_commit: Any, database_url: str
+) -> None:
+    other = sa.orm.sessionmaker()
+    sa.event.listen(other, "after_commit", lambda session: pack.enqueue())
+    raised = after_commit(pack.enqueue)
+    with app.app_context():
+        with db.session.begin_nested():
+            db.session.execute(sa.text("SELECT 1"))
+        with other(bind=db.engine) as session:
+            session.commit()
+        db.session.commit()
+    assert raised == [""]
+    assert query(database_url, "SELECT count(*) FROM bq_tasks") == [(2,)]
+
+
+def test_a_task_may_be_enqueued_before_the_commit_and_in_a_flush(
+    app: Flask, db: Any, pack: Any, Note: Any, database_url: str
+) -> None:
+    """As audit logs do it."""
+
+    def before_commit(session: Any) -> None:
+        pack.enqueue()
+
+    def after_flush(session: Any, context: Any) -> None:
+        if any(isinstance(each, Note) for each in session.new):
+            pack.enqueue()
+
+    sa.event.listen(db.session, "before_commit", before_commit)
+    sa.event.listen(db.session, "after_flush", after_flush)
+    with app.app_context():
+        db.session.add(Note(text="a row"))
+        db.session.commit()
+    assert query(database_url, "SELECT count(*) FROM bq_tasks") == [(2,)]
+
+
+def test_a_task_that_is_enqueued_after_an_error_says_what_to_do(
+    app: Flask, db: Any, pack: Any, Note: Any, database_url: str
+) -> None:
+    with app.app_context():
+        db.session.add(Note())
+        with pytest.raises(sa.exc.IntegrityError):
+            db.session.flush()
+        db.session.rollback()
+        pack.enqueue()
+        db.session.commit()
+    assert query(database_url, "SELECT count(*) FROM bq_tasks") == [(1,)]
+
+
+def test_the_running_task_may_be_asked_for_after_its_commit(
+    app: Flask, db: Any, bq: BeanQueue, Note: Any, after_commit: Any, work: Work
+) -> None:
+    @bq.processor()
+    def order() -> None:
+        bq.db.session.add(Note(text="a row"))
+
+    seen = []
+    with app.app_context():
+        order.enqueue()
+        db.session.commit()
+    raised = after_commit(lambda: seen.append(current_task.func_name))
+    work()
+    assert (raised, seen) == ([""], ["order"])
