@@ -50,8 +50,6 @@ class Claim:
     losses: tuple[BaseException, ...] = ()
     #: Its outcome is being written with what the processor wrote.
     completing: bool = False
-    #: A transaction of ``db.session`` has reached the database.
-    began: bool = False
     #: The session's transaction that has changed the task's row last, and so may keep it locked.
     changed_in: t.Any = None
     #: The session's transaction, or savepoint, that holds the task's outcome.

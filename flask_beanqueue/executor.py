@@ -178,7 +178,7 @@ class Executor:
         else:
             outcome = outcomes.parked(claim, result)
         # Asking for the session would make one, also for a task that never had any.
-        used = sessions.registry.has() and fence.used(sessions(), claim)
+        used = sessions.registry.has() and sessions().in_transaction()
         # A large result is not held until others are written: they might be many.
         if used or len(outcome.result or "") > self.config.largest_held:
             if fence.commit(self.queue, sessions(), outcome):

@@ -37,12 +37,6 @@ class TaskStateError(RuntimeError):
         self.state = state
 
 
-def used(session: Session, claim: Claim) -> bool:
-    """Whether a transaction of the session has something to commit."""
-    pending = session.new or session.dirty or session.deleted
-    return bool(pending) or (claim.began and session.in_transaction())
-
-
 def ended_in(session: Session, claim: Claim) -> bool:
     """Whether the session's open transaction holds the task's outcome."""
     transaction: t.Any = innermost(session)
@@ -137,7 +131,7 @@ def watch(queue: Queue) -> t.Any:
             f"The queue cannot watch what a processor commits in {sessions!r}, which is in the"
             " place of db.session: write db.session = scoped_session(sessionmaker(…))."
         )
-    for listener in (after_begin, before_flush, before_commit, after_commit):
+    for listener in (before_flush, before_commit, after_commit):
         if not sa.event.contains(sessions, listener.__name__, listener):
             sa.event.listen(sessions, listener.__name__, listener)
     queue.watched = sessions
@@ -149,11 +143,6 @@ def queue_of(claim: Claim) -> Queue:
 
 
 # What sessions tell.
-
-
-def after_begin(session: Session, transaction: t.Any, connection: t.Any) -> None:
-    if (claim := current_claim()) is not None:
-        claim.began = True
 
 
 def before_flush(session: Session, context: t.Any, instances: t.Any) -> None:
@@ -178,7 +167,7 @@ def before_commit(session: Session) -> None:
         session.flush()  # the release of a savepoint commits nothing
     elif session.get_transaction() is claim.fenced_in:
         pass  # the fence has been written
-    elif used(session, claim):
+    else:
         guard(queue_of(claim), session, claim)
 
 

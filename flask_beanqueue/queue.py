@@ -99,12 +99,16 @@ class Queue:
 
     def attach_task(self, claim: Claim) -> t.Any:
         """Return the ``bq.Task`` of a claim in ``db.session``; what the claim did not bring loads
-        itself when it is asked for."""
+        itself when it is asked for. That begins a transaction, and this does not."""
         session = self.db.session()
         task = self.known_task(session, claim.id)
         if task is None:
             task = self.make_task(claim)
+            # To add something takes a transaction, in which db.session.begin() would fail.
+            began = None if session.in_transaction() else session.begin()
             session.add(task)
+            if began is not None:
+                began.close()
         return task
 
     def task_after(self, claim: Claim, **values: t.Any) -> t.Any:

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from flask import Flask, appcontext_pushed, appcontext_tearing_down, current_app, g
 from flask_sqlalchemy import SQLAlchemy
 
-from flask_beanqueue import BeanQueue, LimitAttempt, current_task, task_failed
+from flask_beanqueue import BeanQueue, LimitAttempt, current_task, task_failed, task_started
 from flask_beanqueue.log import log
 
 from .conftest import only_task, texts
@@ -956,3 +956,109 @@ def test_a_transaction_that_was_left_broken_fails_the_task(
     work()
     assert texts(app, db, Note) == []
     assert only_task(app, bq).state == "FAILED"
+
+
+# Transactions of the processor's own.
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"autobegin": False}, {"expire_on_commit": False}], ids=str
+)
+@pytest.mark.parametrize("way", ["parameter", "current_task", "receiver", "all"])
+def test_a_processor_may_begin_its_transaction_by_itself(
+    make_app: Any, options: Any, way: str
+) -> None:
+    """Although it has asked for its task, which is then in the session."""
+    db = SQLAlchemy(session_options=options)
+    bq = BeanQueue(db=db)
+
+    class Note(db.Model):  # type: ignore[name-defined, misc]
+        id = sa.Column(sa.Integer, primary_key=True)
+        text = sa.Column(sa.Text, nullable=False)
+
+    app = make_app(db, bq)
+    seen = []
+
+    def write() -> None:
+        with db.session.begin():
+            db.session.add(Note(text="first"))
+        with db.session.begin():
+            db.session.add(Note(text="second"))
+            if way != "receiver":
+                assert current_task._get_current_object() in db.session
+
+    @bq.processor()
+    def with_parameter(task: Any) -> None:
+        seen.append((task.func_name, task.kwargs, task.state))
+        write()
+
+    @bq.processor()
+    def without() -> None:
+        if way != "receiver":
+            seen.append((current_task.func_name, current_task.kwargs, current_task.state))
+        write()
+
+    def receiver(sender: Flask, task: Any) -> None:
+        seen.append((task.func_name, task.kwargs, task.state))
+
+    processor = with_parameter if way in ("parameter", "all") else without
+    with app.app_context():
+        with db.session.begin():
+            processor.enqueue()
+        with contextlib.ExitStack() as stack:
+            if way in ("receiver", "all"):
+                stack.enter_context(task_started.connected_to(receiver, app))
+            bq.process_tasks(app=app, burst=True)
+        with db.session.begin():
+            task = db.session.scalars(sa.select(bq.Task)).one()
+            assert (task.state, task.error_message) == ("DONE", None)
+            assert sorted(db.session.scalars(sa.select(Note.text))) == ["first", "second"]
+    assert set(map(str, seen)) == {str((processor.func_name, {}, "PROCESSING"))}
+
+
+def test_to_ask_for_the_task_leaves_a_transaction_as_it_is(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work
+) -> None:
+    @bq.processor()
+    def write(db: Any) -> None:
+        db.add(Note(text="hello"))
+        transaction = db.get_transaction()
+        assert current_task.priority == 0
+        assert current_task.created_at is not None  # which is loaded
+        assert db.get_transaction() is transaction
+        savepoint = db.begin_nested()
+        db.add(Note(text="never"))
+        savepoint.rollback()
+
+    with app.app_context():
+        write.enqueue()
+        db.session.commit()
+    work()
+    assert texts(app, db, Note) == ["hello"]
+
+
+@pytest.mark.parametrize("orm", [False, True])
+def test_what_a_thread_of_a_processor_writes_in_its_session_is_committed_with_the_task(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work, orm: bool
+) -> None:
+    """The thread knows nothing of the task."""
+
+    @bq.processor()
+    def write(db: Any) -> None:
+        def write() -> None:
+            with app.app_context():
+                if orm:
+                    db.add(Note(text="hello"))
+                    db.flush()
+                else:
+                    db.execute(sa.insert(Note).values(text="hello"))
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        thread.join()
+
+    with app.app_context():
+        write.enqueue()
+        db.session.commit()
+    work()
+    assert texts(app, db, Note) == ["hello"]
