@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import typing as t
 import uuid
+import weakref
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Engine
-from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.orm import Session, SessionTransaction, scoped_session, sessionmaker
 
 from . import outcome as outcomes
 from .claim import Claim, ClaimLost, current_claim
 from .errors import is_passing
-from .handover import innermost, note
+from .handover import check_autocommit, innermost, note
 from .models import PENDING, PROCESSING
 from .outcome import Outcome
 from .queue import Queue
@@ -21,6 +22,12 @@ LOST = (
     "The task is not as it was claimed: it was taken from this worker, or its processor has sent it"
     " back into the queue, deleted it, or changed its state, claims or id past the ORM. What the"
     " processor has not committed is rolled back."
+)
+
+
+#: The connections that tasks' sessions use, and for which transaction.
+_begun: weakref.WeakKeyDictionary[Connection, weakref.ref[SessionTransaction]] = (
+    weakref.WeakKeyDictionary()
 )
 
 
@@ -131,7 +138,7 @@ def watch(queue: Queue) -> t.Any:
             f"The queue cannot watch what a processor commits in {sessions!r}, which is in the"
             " place of db.session: write db.session = scoped_session(sessionmaker(…))."
         )
-    for listener in (before_flush, before_commit, after_commit):
+    for listener in (after_begin, before_flush, before_commit, after_commit):
         if not sa.event.contains(sessions, listener.__name__, listener):
             sa.event.listen(sessions, listener.__name__, listener)
     queue.watched = sessions
@@ -143,6 +150,15 @@ def queue_of(claim: Claim) -> Queue:
 
 
 # What sessions tell.
+
+
+def after_begin(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
+    # What a processor's session does must wait for the fence.
+    if (claim := current_claim()) is None or transaction.nested:
+        return
+    if connection.engine.pool is queue_of(claim).bind(session).engine.pool:
+        check_autocommit(connection)
+        _begun[connection] = weakref.ref(transaction)
 
 
 def before_flush(session: Session, context: t.Any, instances: t.Any) -> None:
@@ -186,7 +202,8 @@ def after_commit(session: Session) -> None:
 
 
 def listen_engine(engine: Engine) -> None:
-    """Tell apart the trouble that tasks have with the queue's own database from any other."""
+    """Tell apart the trouble that tasks have with the queue's own database from any other, and
+    commit none of their sessions' connections past the session."""
 
     def handle_error(context: sa.engine.ExceptionContext) -> None:
         if (claim := current_claim()) is None:
@@ -198,7 +215,17 @@ def listen_engine(engine: Engine) -> None:
         ):
             claim.losses += (context.original_exception,)
 
-    sa.event.listen(engine, "handle_error", handle_error)
+    def commit(connection: Connection) -> None:
+        transaction = begun() if (begun := _begun.get(connection)) is not None else None
+        if transaction is not None and transaction.is_active:  # the session is not committing
+            raise RuntimeError(
+                "Nobody can tell whether the task is still this worker's where a connection of"
+                " db.session is committed past the session. Write db.session.commit(), or use a"
+                " connection of your own: with db.engine.begin() as connection."
+            )
+
+    for listener in (handle_error, commit):
+        sa.event.listen(engine, listener.__name__, listener)
 
 
 def end(queue: Queue, task_id: uuid.UUID, decide: t.Callable[[Claim], Outcome]) -> None:

@@ -37,11 +37,12 @@ def _before_attach(session: Session, instance: t.Any) -> None:
 
 
 def _before_insert(mapper: t.Any, connection: Connection, task: t.Any) -> None:
-    check_schema(connection.get_execution_options(), mapper.local_table)
+    _before_update(mapper, connection, task)
     note(object_session(task), f"the task {task.module}.{task.func_name}")
 
 
 def _before_update(mapper: t.Any, connection: Connection, task: t.Any) -> None:
+    check_autocommit(connection)
     check_schema(connection.get_execution_options(), mapper.local_table)
 
 
@@ -52,7 +53,21 @@ def _after_commit(session: Session) -> None:
         _uncommitted.setdefault(savepoint.parent, set()).update(_uncommitted.pop(savepoint))
 
 
-# When: before the commit.
+# When: with the commit, and before it.
+
+
+def check_autocommit(connection: Connection) -> None:
+    """Refuse a session's connection that commits each statement at once.
+
+    :raises RuntimeError: if it is one.
+    """
+    level = connection.get_execution_options().get("isolation_level")
+    if level is not None and level.upper() == "AUTOCOMMIT":
+        raise RuntimeError(
+            "This session is in AUTOCOMMIT, where each statement is committed at once, and nothing"
+            " together with another or with its task. Use a connection of your own instead:"
+            ' db.engine.connect().execution_options(isolation_level="AUTOCOMMIT").'
+        )
 
 
 def check_open(session: Session) -> None:

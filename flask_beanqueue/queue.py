@@ -8,11 +8,11 @@ import uuid
 
 import sqlalchemy.orm as sa_orm
 from flask_sqlalchemy import SQLAlchemy
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import Session
 
 from .claim import Claim, current_claim, current_task_id
-from .handover import check_open, check_schema, note
+from .handover import check_autocommit, check_open, check_schema, note
 from .models import PROCESSING, Models, uuid7s
 from .options import Options
 from .queries import Queries
@@ -80,8 +80,8 @@ class Queue:
 
     # In the session.
 
-    def connection(self, session: Session) -> Connection:
-        """The session's connection to the queue's own database, which may be a bind.
+    def bind(self, session: Session) -> Engine | Connection:
+        """Return where a session finds the queue's own database, which may be a bind.
 
         An app's own ``get_bind`` may send what looks like a read to a replica, so its engine counts
         only if it is the queue's, perhaps with options.
@@ -91,7 +91,16 @@ class Queue:
             engine = self.db.engines[self.Task.__table__.metadata.info.get("bind_key")]
             if bind.engine.pool is not engine.engine.pool:
                 bind = engine
-        return session.connection(bind_arguments={"bind": bind})
+        return bind
+
+    def connection(self, session: Session) -> Connection:
+        """Return the session's connection to the queue's own database.
+
+        :raises RuntimeError: if it is in AUTOCOMMIT.
+        """
+        connection = session.connection(bind_arguments={"bind": self.bind(session)})
+        check_autocommit(connection)
+        return connection
 
     def known_task(self, session: Session, task_id: uuid.UUID) -> t.Any:
         """The task if the session has it already; the database is not asked."""

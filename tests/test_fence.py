@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import gc
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
 
+import flask_sqlalchemy.session
 import pytest
 import sqlalchemy as sa
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
-from flask_beanqueue import BeanQueue, current_task
+from flask_beanqueue import BeanQueue, ClaimLost, current_task
 from flask_beanqueue.claim import current_claim
 
 from .conftest import only_task, texts
+from .probe import query
 
 Work = Callable[..., None]
 
@@ -316,3 +321,219 @@ def test_a_claim_that_is_through_keeps_no_session_alive(
         assert session() is None
     finally:
         gc.enable()
+
+
+# Ways past the session.
+
+
+def insert(Note: Any) -> Any:
+    return sa.insert(Note).values(text="never")
+
+
+def commit_connection(db: Any) -> None:
+    db.connection().commit()
+
+
+def commit_transaction_of_connection(db: Any) -> None:
+    db.connection().get_transaction().commit()
+
+
+def commit_after_savepoint(db: Any) -> None:
+    with db.begin_nested():
+        db.execute(sa.text("SELECT 1"))
+    db.connection().commit()
+
+
+@pytest.mark.parametrize(
+    "commit", [commit_connection, commit_transaction_of_connection, commit_after_savepoint]
+)
+@pytest.mark.parametrize("goes_on", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_connection_of_the_session_cannot_be_committed_past_it(
+    app: Flask,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    Note: Any,
+    work: Work,
+    commit: Any,
+    goes_on: bool,
+    nested: bool,
+) -> None:
+    errors = []
+
+    @bq.processor()
+    def write() -> None:
+        with app.app_context() if nested else contextlib.nullcontext():
+            db.session.execute(insert(Note))
+            try:
+                commit(db.session())
+            except RuntimeError as error:
+                errors.append(str(error))
+                if not goes_on:
+                    raise
+            db.session.rollback()
+            db.session.add(Note(text="afterwards"))
+            db.session.commit()
+
+    with app.app_context():
+        write.enqueue()
+        db.session.commit()
+    work()
+    assert "Write db.session.commit(), or use a connection of your own" in errors[0]
+    assert texts(app, db, Note) == (["afterwards"] if goes_on else [])
+    assert only_task(app, bq).state == ("DONE" if goes_on else "FAILED")
+
+
+def test_a_connection_of_the_processors_own_is_its_own_affair(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work
+) -> None:
+    @bq.processor()
+    def write(db: Any) -> None:
+        db.add(Note(text="the session's"))
+        with bq.engine(app).begin() as connection:
+            connection.execute(sa.insert(Note).values(text="its own"))
+        db.commit()
+        with bq.engine(app).connect() as connection:
+            connection = connection.execution_options(isolation_level="AUTOCOMMIT")
+            connection.execute(sa.insert(Note).values(text="its own, at once"))
+
+    with app.app_context():
+        write.enqueue()
+        db.session.commit()
+    work()
+    assert sorted(texts(app, db, Note)) == ["its own", "its own, at once", "the session's"]
+    assert only_task(app, bq).state == "DONE"
+
+
+AUTOCOMMIT = {"isolation_level": "AUTOCOMMIT"}
+
+
+@pytest.mark.parametrize("whose", ["connection", "engine", "bind"])
+@pytest.mark.parametrize("catches", [False, True])
+def test_a_session_of_a_task_cannot_be_in_autocommit(
+    make_app: Any, whose: str, catches: bool
+) -> None:
+    """What it writes could not be taken back."""
+
+    class Own(flask_sqlalchemy.session.Session):
+        def get_bind(self, *args: Any, **more: Any) -> Any:
+            bind: Any = super().get_bind(*args, **more)
+            if current_task and whose == "bind":
+                return vars(bind).setdefault("own", bind.execution_options(**AUTOCOMMIT))
+            return bind
+
+    db = SQLAlchemy(session_options={"class_": Own})
+    bq = BeanQueue(db=db)
+
+    class Note(db.Model):  # type: ignore[name-defined, misc]
+        id = sa.Column(sa.Integer, primary_key=True)
+        text = sa.Column(sa.Text, nullable=False)
+
+    app = make_app(db, bq)
+
+    @bq.processor()
+    def write(db: Any) -> None:
+        try:
+            if whose == "connection":
+                db.connection(execution_options=AUTOCOMMIT)
+            elif whose == "engine":
+                bq.engine(app).update_execution_options(**AUTOCOMMIT)
+            db.execute(insert(Note))
+        except RuntimeError:
+            if not catches:
+                raise
+
+    with app.app_context():
+        write.enqueue()
+        db.session.commit()
+    bq.process_tasks(app=app, burst=True)
+    bq.engine(app).update_execution_options(isolation_level="READ COMMITTED")
+    assert texts(app, db, Note) == []
+    task = only_task(app, bq)
+    assert task.state == "FAILED"
+    assert "This session is in AUTOCOMMIT" in task.error_message
+
+
+def test_another_bind_may_be_in_autocommit(
+    make_app: Any, database_url: str, other_database_url: str
+) -> None:
+    db = SQLAlchemy()
+    bq = BeanQueue(db=db)
+
+    class Line(db.Model):  # type: ignore[name-defined, misc]
+        __bind_key__ = "log"
+        id = sa.Column(sa.Integer, primary_key=True)
+
+    app = make_app(db, bq, SQLALCHEMY_BINDS={"log": {"url": other_database_url, **AUTOCOMMIT}})
+
+    @bq.processor()
+    def write(db: Any) -> None:
+        db.add(Line())
+        db.flush()
+
+    with app.app_context():
+        write.enqueue()
+        db.session.commit()
+    bq.process_tasks(app=app, burst=True)
+    assert only_task(app, bq).state == "DONE"
+    assert query(other_database_url, "SELECT count(*) FROM line") == [(1,)]
+
+
+@pytest.mark.parametrize("way", ["enqueue", "enqueue_many", "complete", "fail"])
+def test_a_view_cannot_hand_over_tasks_in_autocommit(
+    app: Flask, db: Any, bq: BeanQueue, work: Work, way: str, database_url: str
+) -> None:
+    @bq.processor(auto_complete=False)
+    def wait() -> None:
+        pass
+
+    with app.app_context():
+        task_id = wait.enqueue().id
+        db.session.commit()
+    work()
+    acts = {
+        "enqueue": wait.enqueue,
+        "enqueue_many": lambda: wait.enqueue_many([{}]),
+        "complete": lambda: bq.complete(task_id),
+        "fail": lambda: bq.fail(task_id, error="no"),
+    }
+
+    def view() -> None:
+        acts[way]()
+        db.session.flush()
+
+    with app.app_context():
+        db.session.connection(execution_options=AUTOCOMMIT)
+        with pytest.raises(RuntimeError, match="This session is in AUTOCOMMIT"):
+            view()
+        db.session.rollback()
+    assert query(database_url, "SELECT state FROM bq_tasks") == [("PROCESSING",)]
+
+
+def test_a_thread_that_is_given_the_tasks_context_is_fenced(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work, database_url: str
+) -> None:
+    raised = []
+
+    def write() -> None:
+        with app.app_context():
+            db.session.execute(insert(Note))
+            try:
+                db.session.commit()
+            except ClaimLost as error:
+                raised.append(error)
+
+    @bq.processor()
+    def start() -> None:
+        query(database_url, "UPDATE bq_tasks SET claims = 7")
+        context = contextvars.copy_context()
+        thread = threading.Thread(target=context.run, args=(write,))
+        thread.start()
+        thread.join()
+
+    with app.app_context():
+        start.enqueue()
+        db.session.commit()
+    work()
+    assert len(raised) == 1
+    assert texts(app, db, Note) == []
