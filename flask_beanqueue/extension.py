@@ -156,6 +156,7 @@ class BeanQueue(Queue):
             )
             listen_events(self._models.task)
             listen_writes(self._models.task)
+            fence.listen_states(self)
 
     def _model(self, setting: str) -> t.Any:
         assert self._models is not None

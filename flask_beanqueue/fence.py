@@ -14,7 +14,7 @@ from . import outcome as outcomes
 from .claim import Claim, ClaimLost, current_claim
 from .errors import is_passing
 from .handover import check_autocommit, innermost, note
-from .models import PENDING, PROCESSING
+from .models import DONE, PENDING, PROCESSING
 from .outcome import Outcome
 from .queue import Queue
 
@@ -25,6 +25,9 @@ LOST = (
 )
 
 
+#: The states of what has not ended.
+LIVE = (PENDING, PROCESSING)
+
 #: The connections that tasks' sessions use, and for which transaction.
 _begun: weakref.WeakKeyDictionary[Connection, weakref.ref[SessionTransaction]] = (
     weakref.WeakKeyDictionary()
@@ -32,7 +35,7 @@ _begun: weakref.WeakKeyDictionary[Connection, weakref.ref[SessionTransaction]] =
 
 
 class TaskStateError(RuntimeError):
-    """A task cannot be ended from outside, since it is not waiting for that.
+    """A task cannot be ended from outside, or be given another state, for what its state is.
 
     :ivar state: the task's state. ``PENDING`` or ``PROCESSING``: it is too early, for its processor
         has not returned; try again later. Another: the task has ended, perhaps by the same call
@@ -104,12 +107,13 @@ def refuse_other_session(session: Session, claim: Claim) -> None:
         )
 
 
-def take_state(queue: Queue, session: Session, claim: Claim, task: t.Any) -> None:
+def take_state(queue: Queue, connection: Connection, claim: Claim, task: t.Any) -> None:
     """A processor sets its task's state: it must still be its own to set, and is an attempt.
 
     :raises ClaimLost: if the task is another worker's by now, or somebody else has ended it.
     """
-    state = queue.queries.hold(queue.connection(session), claim)
+    session = sa.inspect(task).session
+    state = queue.queries.hold(connection, claim)
     ended = claim.settled or ended_in(session, claim)
     if state is None or (state != PROCESSING and not ended):
         raise ClaimLost(LOST)
@@ -117,10 +121,64 @@ def take_state(queue: Queue, session: Session, claim: Claim, task: t.Any) -> Non
         return
     over = task.state != PROCESSING  # or the processor has taken back what it set before
     task.attempts = min(claim.attempts + over, 2**31 - 1)
-    task.finished_at = (
-        sa.func.clock_timestamp() if task.state not in (PENDING, PROCESSING) else None
-    )
+    set_finished_at(task)
     claim.ended_in = innermost(session) if over else None
+
+
+def change_state(queue: Queue, connection: Connection, task: t.Any) -> None:
+    """Somebody else sets a task's state, perhaps in an object that is older than the row: that may
+    end what waits or runs, and nothing else.
+
+    :raises TaskStateError: if it would change how the task has ended.
+    """
+    inspected = sa.inspect(task)
+    held = queue.queries.held(connection, inspected.identity[0])
+    if held is None:
+        return  # it is deleted, and the UPDATE will say so
+    _, state, _ = held
+    known = next(iter(inspected.attrs.state.history.deleted or ()), state)
+    is_over = state not in LIVE
+    if task.state == state:
+        return
+    if is_over:
+        fine = task.state == PENDING and known == state != DONE
+    else:
+        fine = task.state not in LIVE or known == state
+    if not fine:
+        if state == DONE:
+            advice = "What is done stays done: to do it again, enqueue a new task."
+        elif is_over and known == state:
+            advice = "What has ended stays as it ended, unless it is set to PENDING to run again."
+        else:
+            advice = f"It was {known} when it was read: db.session.refresh(task), and decide again."
+        raise TaskStateError(
+            f"Task {task.id} is {state} and cannot be made {task.state}. {advice}", state
+        )
+    set_finished_at(task)
+
+
+def set_finished_at(task: t.Any) -> None:
+    task.finished_at = None if task.state in LIVE else sa.func.clock_timestamp()
+
+
+def listen_states(queue: Queue) -> None:
+    """See to it that tasks which the ORM writes keep the states in which they have ended."""
+
+    def before_update(mapper: t.Any, connection: Connection, task: t.Any) -> None:
+        # A state that was loaded says nothing: somebody else may have set it.
+        inspected = sa.inspect(task)
+        sets_state = inspected.attrs.state.history.has_changes()
+        claim = current_claim()
+        if claim is None or claim.id != inspected.identity[0]:
+            if sets_state:
+                change_state(queue, connection, task)
+        elif inspected.session.is_modified(task):
+            refuse_other_session(inspected.session, claim)
+            if sets_state:
+                take_state(queue, connection, claim, task)
+            claim.changed_in = inspected.session.get_transaction()
+
+    sa.event.listen(queue.Task, "before_update", before_update, propagate=True)
 
 
 def watch(queue: Queue) -> t.Any:
@@ -138,7 +196,7 @@ def watch(queue: Queue) -> t.Any:
             f"The queue cannot watch what a processor commits in {sessions!r}, which is in the"
             " place of db.session: write db.session = scoped_session(sessionmaker(…))."
         )
-    for listener in (after_begin, before_flush, before_commit, after_commit):
+    for listener in (after_begin, before_commit, after_commit):
         if not sa.event.contains(sessions, listener.__name__, listener):
             sa.event.listen(sessions, listener.__name__, listener)
     queue.watched = sessions
@@ -159,20 +217,6 @@ def after_begin(session: Session, transaction: SessionTransaction, connection: C
     if connection.engine.pool is queue_of(claim).bind(session).engine.pool:
         check_autocommit(connection)
         _begun[connection] = weakref.ref(transaction)
-
-
-def before_flush(session: Session, context: t.Any, instances: t.Any) -> None:
-    # A processor may change its task, or end it by setting its state. A state that was loaded
-    # says nothing: somebody else may have set it.
-    if (claim := current_claim()) is None:
-        return
-    task = queue_of(claim).known_task(session, claim.id)
-    if task is None or not session.is_modified(task):
-        return
-    refuse_other_session(session, claim)
-    if sa.inspect(task).attrs.state.history.has_changes():
-        take_state(queue_of(claim), session, claim, task)
-    claim.changed_in = session.get_transaction()
 
 
 def before_commit(session: Session) -> None:

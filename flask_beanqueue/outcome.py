@@ -407,9 +407,16 @@ def announce(app: t.Any, queue: Queue, outcome: Outcome) -> None:
         outcome.exception = None  # whose frames lead back to this outcome
 
 
-def lost(outcome: Outcome) -> None:
-    """Log that the claim of an outcome is no longer this worker's."""
+def lost(outcome: Outcome, *, cancelled: bool) -> None:
+    """Log that the claim of an outcome is no longer this worker's.
+
+    :param cancelled: whether somebody has cancelled the task, which is nothing to warn of.
+    """
     claim = outcome.claim
+    if cancelled:
+        words = "was cancelled; what it wrote is rolled back"
+        log.info("%s %s", claim.label, words, extra=claim.log_extra())
+        return
     if outcome.interruptions:
         words = "had ended, or was taken over, when it lost its connection"
     elif outcome.attempts:

@@ -305,6 +305,12 @@ class Queries:
               AND id NOT IN (SELECT id FROM unlocked)
         """)
 
+        # Of the tasks that are no longer a worker's, those that somebody has cancelled.
+        self._cancelled = self._text("""
+            SELECT CAST(id AS text) FROM {tasks}
+            WHERE id = ANY (CAST(:ids AS uuid[])) AND state = 'CANCELLED'
+        """)
+
         # The fence of a commit that is not the task's last, and of one whose processor set the
         # task's state itself: the row stays locked until that commit, so that take-over cannot
         # come between.
@@ -617,6 +623,10 @@ class Queries:
     def locked(self, connection: Connection, keys: t.Sequence[str]) -> set[str]:
         """Return the keys of those tasks whose rows another transaction has locked."""
         return set(connection.scalars(self._locked, {"ids": list(keys)}).all())
+
+    def cancelled(self, connection: Connection, keys: t.Sequence[str]) -> set[str]:
+        """Return the keys of those tasks that are cancelled."""
+        return set(connection.scalars(self._cancelled, {"ids": list(keys)}).all())
 
     def hold(self, connection: Connection, claim: Claim) -> str | None:
         """Lock a claimed task's row until the commit, and return its state; None if it is not

@@ -220,11 +220,12 @@ class Writer:
         if plain:
             return  # the rest has moved, and stays to be written
         claims = {outcome.claim for outcome in written}
-        for outcome in part:
-            if outcome.claim in claims:
-                continue
+        lost = [outcome for outcome in part if outcome.claim not in claims]
+        keys = [outcome.claim.key for outcome in lost]
+        cancelled = self._queue.queries.cancelled(connection, keys) if lost else ()
+        for outcome in lost:
             if outcome.claim in self.held and outcome.claim not in self._unsure:
-                outcomes.lost(outcome)
+                outcomes.lost(outcome, cancelled=outcome.claim.key in cancelled)
             self.release(outcome.claim)
 
     def _stall(self, outcome: Outcome, error: BaseException) -> None:

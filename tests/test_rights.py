@@ -311,9 +311,10 @@ def test_to_hear_of_tasks_takes_no_right_and_tells_the_channel_alone(closed_shop
         assert ears.heard == [""]
 
 
-def test_to_cancel_and_to_try_again_by_hand_takes_one_column(closed_shop: Shop) -> None:
+def test_to_cancel_and_to_try_again_by_hand_takes_two_columns(closed_shop: Shop) -> None:
     closed_shop.grant(CONNECT, ENQUEUE, READ)
-    closed_shop.sql(f"GRANT UPDATE (state) ON bq_tasks TO {closed_shop.role('web')}")
+    web = closed_shop.role("web")
+    closed_shop.sql(f"GRANT UPDATE (state, finished_at) ON bq_tasks TO {web}")
     with closed_shop.context("web"):
         task = rights.nothing.enqueue()
         rights.db.session.commit()
