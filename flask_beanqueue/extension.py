@@ -11,7 +11,7 @@ import weakref
 import sqlalchemy as sa
 from flask import Flask, has_app_context
 from flask_sqlalchemy import SQLAlchemy
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import Connection, Engine
 from werkzeug.local import LocalProxy
 
 from . import fence
@@ -313,7 +313,7 @@ class BeanQueue(Queue):
             check_count("concurrency", concurrency)
         if name is not None:
             check_text("name", name)
-        fence.watch(self)
+        sessions = fence.watch(self)
         import_packages(self.config(app).PROCESSOR_PACKAGES)
         channels = tuple(dict.fromkeys(channels)) or self.registry.channels
         if not channels:
@@ -324,6 +324,7 @@ class BeanQueue(Queue):
             )
         config = self.config(app)
         engine = self.engine(app)
+        check_pool_is_there(engine, sessions)
         check_engine(engine, self.models.tables)
         return workers.Worker(
             app,
@@ -399,6 +400,20 @@ def check_engine(engine: Engine, tables: t.Iterable[sa.Table]) -> None:
             " Take isolation_level out of SQLALCHEMY_ENGINE_OPTIONS."
         )
     check_schema(engine.get_execution_options(), *tables)
+
+
+def check_pool_is_there(engine: t.Any, sessions: t.Any) -> None:
+    """Refuse to work where a test holds a connection in the place of an engine, and rolls it back.
+
+    :param sessions: ``db.session``.
+    :raises RuntimeError: if that is so.
+    """
+    if any(isinstance(each, Connection) for each in (engine, sessions.session_factory.kw["bind"])):
+        raise RuntimeError(
+            "A worker has connections of its own and would see nothing of this test, whose"
+            " connection is rolled back. Call the processor like a function, or let the test really"
+            " commit (docs/guide.md, Testing)."
+        )
 
 
 def _current_task() -> t.Any:

@@ -404,27 +404,36 @@ def test_an_exchanged_session_with_an_engine_of_its_own_is_one_transaction_with_
     engine.dispose()
 
 
-def test_tasks_may_be_enqueued_while_a_test_holds_a_connection_in_the_engines_place(
-    app: Flask, db: Any, bq: BeanQueue, Note: Any, database_url: str
+@pytest.mark.parametrize("way", ["engines", "session"])
+def test_a_test_that_is_rolled_back_enqueues_tasks_and_cannot_have_a_worker_do_them(
+    app: Flask, db: Any, bq: BeanQueue, Note: Any, database_url: str, way: str
 ) -> None:
-    """So tests are rolled back that say commit."""
-
     @bq.processor()
-    def nothing() -> None:
-        pass
+    def write(text: str) -> None:
+        db.session.add(Note(text=text))
 
     with app.app_context():
-        engine = db.engines[None]
+        engine, sessions = db.engine, db.session
         with engine.connect() as connection, connection.begin() as transaction:
-            db.engines[None] = connection
-            db.session.add(Note(text="a row", task=nothing.run()))
-            nothing.enqueue_many([{}, {}])
+            if way == "engines":
+                db.engines[None] = connection
+            else:
+                db.session = scoped_session(sessionmaker(bind=connection))
+            db.session.add(Note(text="a row", task=write.run(text="never")))
+            write.enqueue_many([{"text": "never"}] * 2)
             db.session.commit()
             assert db.session.query(bq.Task).count() == 3
+            with pytest.raises(RuntimeError, match="Call the processor like a function, or let"):
+                bq.process_tasks(burst=True)
+            write(text="called")
+            db.session.commit()
+            assert {note.text for note in db.session.query(Note)} == {"a row", "called"}
             db.session.remove()
             transaction.rollback()
-        db.engines[None] = engine
-        assert query(database_url, "SELECT count(*) FROM bq_tasks") == [(0,)]
+        db.engines[None], db.session = engine, sessions
+        bq.process_tasks(burst=True)
+    assert query(database_url, "SELECT count(*) FROM bq_tasks") == [(0,)]
+    assert texts(app, db, Note) == []
 
 
 # Sessions for which tables are elsewhere.
