@@ -6,7 +6,6 @@ import importlib
 import threading
 import typing as t
 import uuid
-import weakref
 
 import sqlalchemy as sa
 from flask import Flask, has_app_context
@@ -69,7 +68,6 @@ class BeanQueue(Queue):
                     f"{setting.lower()} must be a model's class, not {model!r}. A dotted name"
                     f" goes into {PREFIX}{setting}."
                 )
-        self._configs: weakref.WeakKeyDictionary[Flask, Config] = weakref.WeakKeyDictionary()
         if db is not None:
             self._use(db)
             # With models still to come from the app's config, the rest waits for it.
@@ -105,14 +103,12 @@ class BeanQueue(Queue):
         self._use(db)
         config = Config.load(app.config)
         self._make_models(config)
-        self._configs[app] = config
         engine = self.engine(app)
         check_engine(engine, self.models.tables)
         fence.listen_engine(engine)
-        if not config.NOTIFY:
-            engine.update_execution_options(bq_notify=False)
         for name, value in vars(config).items():
             app.config.setdefault(f"{PREFIX}{name}", value)
+        engine.update_execution_options(bq_settings=app.config)
         tell_uncommitted(app, db)
         app.extensions["beanqueue"] = self
         app.shell_context_processor(lambda: {"bq": self})
@@ -165,13 +161,15 @@ class BeanQueue(Queue):
     # What it is bound to.
 
     def config(self, app: Flask) -> Config:
-        """The settings of an app."""
-        try:
-            return self._configs[app]
-        except KeyError:
+        """The settings of an app, as they are now: they may be changed until a worker starts.
+
+        :raises ConfigError: if one of them cannot be used.
+        """
+        if app.extensions.get("beanqueue") is not self:
             raise RuntimeError(
                 f"The app {app.name!r} is not set up for this BeanQueue. Call bq.init_app(app)."
-            ) from None
+            )
+        return Config.load(app.config)
 
     def engine(self, app: Flask) -> Engine:
         """The engine of the database that holds an app's queue."""
@@ -313,8 +311,10 @@ class BeanQueue(Queue):
             check_count("concurrency", concurrency)
         if name is not None:
             check_text("name", name)
+        config = self.config(app)
+        self._make_models(config)  # which are made by now, and the same
         sessions = fence.watch(self)
-        import_packages(self.config(app).PROCESSOR_PACKAGES)
+        import_packages(config.PROCESSOR_PACKAGES)
         channels = tuple(dict.fromkeys(channels)) or self.registry.channels
         if not channels:
             raise RuntimeError(
@@ -322,7 +322,6 @@ class BeanQueue(Queue):
                 " Import the modules of your processors in the app factory, or name them in"
                 " BQ_PROCESSOR_PACKAGES."
             )
-        config = self.config(app)
         engine = self.engine(app)
         check_pool_is_there(engine, sessions)
         check_engine(engine, self.models.tables)

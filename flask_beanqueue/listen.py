@@ -42,7 +42,8 @@ def notify_name(channel: str) -> str:
 
 def notifies(connection: Connection) -> bool:
     """Whether tasks that are written on this connection NOTIFY (``BQ_NOTIFY``)."""
-    return connection.get_execution_options().get("bq_notify", True) is not False
+    settings = connection.get_execution_options().get("bq_settings", {})  # app.config
+    return settings.get("BQ_NOTIFY", True) is not False
 
 
 class Source(t.Protocol):

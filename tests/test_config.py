@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import string
+import sys
+import types
 import typing as t
 import warnings
 
@@ -14,6 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flask_beanqueue import BeanQueue, Config, ConfigError
+
+from .conftest import MakeApp
+from .probe import query
 
 
 def test_a_setting_comes_from_the_app_else_the_environment_else_the_default() -> None:
@@ -302,3 +307,60 @@ def test_any_text_in_the_environment_is_of_the_declared_type_or_refused_by_name(
     name: str, text: str
 ) -> None:
     loads_or_names_the_setting({}, {name: text}, name)
+
+
+# Settings that are changed once the app is set up.
+
+
+def test_a_worker_reads_the_settings_as_it_starts(
+    make_app: MakeApp, db: SQLAlchemy, bq: BeanQueue, database_url: str
+) -> None:
+    app = make_app(db, bq)
+
+    @bq.processor()
+    def nothing() -> None:
+        pass
+
+    app.config["BQ_CONCURRENCY"] = 2
+    app.config["BQ_SUCCESS_EVENTS"] = True
+    app.config["BQ_PROCESSOR_PACKAGES"].append("no_such_package")
+    assert bq.config(app) == Config(
+        CONCURRENCY=2, SUCCESS_EVENTS=True, PROCESSOR_PACKAGES=["no_such_package"]
+    )
+    with pytest.raises(ConfigError, match="BQ_PROCESSOR_PACKAGES names no_such_package"):
+        bq.worker(app=app)
+    app.config["BQ_PROCESSOR_PACKAGES"] = []
+    worker = bq.worker(app=app, burst=True)
+    assert worker.concurrency == 2
+    with app.app_context():
+        nothing.enqueue()
+        db.session.commit()
+    worker.run()
+    assert query(database_url, "SELECT type FROM bq_events") == [("DONE",)]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("CONCURRENCY", "two", "BQ_CONCURRENCY must be a whole number, not 'two'"),
+        ("SHUTDOWN_TIMEOUT", -1, "BQ_SHUTDOWN_TIMEOUT must be a number of seconds, 0 or more"),
+        ("TASK_MODEL", f"{__name__}.Flask", "BQ_TASK_MODEL names .* which is no model"),
+        ("WORKER_MODEL", "own.Worker", "has .*BQWorker.* already. Give the class to"),
+    ],
+)
+def test_a_setting_that_can_no_longer_be_changed_or_used_is_refused_then(
+    make_app: MakeApp,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    value: t.Any,
+    message: str,
+) -> None:
+    app = make_app(db, bq)
+    own = types.ModuleType("own")
+    own.Worker = bq.Event  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "own", own)
+    app.config[f"BQ_{name}"] = value
+    with pytest.raises(ConfigError, match=message):
+        bq.process_tasks(["default"], app=app, burst=True)

@@ -208,9 +208,12 @@ def test_enqueue_many_notifies(
     assert tasks(database_url) == 2
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
 def test_notify_can_be_switched_off(
-    make_app: Any, db: SQLAlchemy, bq: BeanQueue, ears: Probe, database_url: str
+    make_app: Any, db: SQLAlchemy, bq: BeanQueue, ears: Probe, database_url: str, when: str
 ) -> None:
+    """Also once the app is set up."""
+
     @bq.processor(channel="images")
     def resize() -> None:
         pass
@@ -219,7 +222,8 @@ def test_notify_can_be_switched_off(
     def fail() -> None:
         raise ValueError
 
-    app = make_app(db, bq, BQ_NOTIFY=False)
+    app = make_app(db, bq, BQ_NOTIFY=when == "after")
+    app.config["BQ_NOTIFY"] = False
     with app.app_context():
         resize.enqueue()
         resize.enqueue_many([{}])
@@ -228,6 +232,23 @@ def test_notify_can_be_switched_off(
     bq.process_tasks(app=app, burst=True)
     assert query(database_url, "SELECT attempts FROM bq_tasks ORDER BY 1") == [(1,), (1,), (2,)]
     assert heard(ears, database_url) == []
+
+
+def test_notify_can_be_switched_on_again(
+    make_app: Any, db: SQLAlchemy, bq: BeanQueue, ears: Probe, database_url: str
+) -> None:
+    @bq.processor(channel="images")
+    def resize() -> None:
+        pass
+
+    app = make_app(db, bq, BQ_NOTIFY=False)
+    app.config["BQ_NOTIFY"] = True
+    with app.app_context():
+        resize.enqueue()
+        db.session.commit()
+        resize.enqueue_many([{}])
+        db.session.commit()
+    assert heard(ears, database_url) == ["images", "images"]
 
 
 TEXT = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
