@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from flask import Flask, appcontext_pushed, appcontext_tearing_down, current_app, g
 from flask_sqlalchemy import SQLAlchemy
 
-from flask_beanqueue import BeanQueue, LimitAttempt, current_task, task_failed, task_started
+from flask_beanqueue import BeanQueue, LimitAttempt, current_task, task_started
 from flask_beanqueue.log import log
 
 from .conftest import only_task, texts
