@@ -82,7 +82,7 @@ def worker_command(
     Without a CHANNEL, do those of every channel that a processor of this app names. The worker
     runs until it gets SIGTERM or SIGINT (Ctrl-C), or its terminal is closed. It then claims no
     more, gives the running tasks BQ_SHUTDOWN_TIMEOUT seconds to end, gives back what is left, and
-    exits with 0. SIGTERM or Ctrl-C again makes it leave at once.
+    exits with 0. SIGQUIT, or Ctrl-C again, makes it leave at once.
 
     \b
     Examples:

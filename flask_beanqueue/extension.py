@@ -261,7 +261,7 @@ class BeanQueue(Queue):
         burst: bool = False,
         name: str | None = None,
     ) -> None:
-        """Do tasks until SIGTERM, SIGINT or SIGHUP: the loop behind ``flask bq worker``.
+        """Do tasks until SIGTERM, SIGINT, SIGHUP or SIGQUIT: the loop behind ``flask bq worker``.
 
         :param channels: whose tasks to do; every channel that a processor names, if none is given.
         :param app: the app in whose contexts the tasks run; ``current_app``, unless given.

@@ -11,7 +11,7 @@ import typing as t
 from werkzeug._reloader import _get_args_for_reloading, reloader_loops
 
 from .log import log
-from .shutdown import OTHER, Relay, end_on_signals
+from .shutdown import SIGNALS, Relay, end_on_signals
 
 #: The exit code of a worker that is to start again.
 CHANGED = 3
@@ -45,7 +45,7 @@ def start_again() -> int:
             wait_for_change(code, relay)  # the code may be half written
         changed = True
     # A signal that was passed on may meet a process that has done with its handlers already.
-    if code == CHANGED or (relay.stopping and -code in OTHER):
+    if code == CHANGED or (relay.stopping and -code in SIGNALS):
         return 0
     return code if code >= 0 else 128 - code  # as a shell says it
 

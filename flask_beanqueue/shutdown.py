@@ -1,4 +1,4 @@
-"""The signals that make processes leave: which of them count, and how they are passed on."""
+"""The signals that make processes leave: what they mean, and how they are passed on."""
 
 from __future__ import annotations
 
@@ -9,40 +9,35 @@ import signal
 import types
 import typing as t
 
-#: The signals that make a process leave, each with another one. A terminal that is closed sends
-#: SIGHUP, perhaps twice: its shell does so, too.
-OTHER: dict[int, int] = {
-    signal.SIGTERM: signal.SIGINT,
-    signal.SIGINT: signal.SIGTERM,
-    signal.SIGHUP: signal.SIGTERM,
-}
+#: They make a process leave. A terminal that is closed sends SIGHUP.
+SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
 
 
 def heeded() -> list[int]:
-    """Those of them that this process heeds: not SIGHUP if it was started with nohup."""
+    """List those that this process heeds: not SIGHUP if it was started with nohup."""
     return [
         number
-        for number in OTHER
+        for number in SIGNALS
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
     ]
 
 
-class Summons:
-    """Tells which signals count: the first of all, and one that comes again, which means at once.
+class Impatience:
+    """Tells which signals mean at once: SIGQUIT, and SIGINT when it comes again.
 
-    Ctrl-C reaches a whole process group, and a parent may send SIGTERM on top of it; that is one
-    summons and no impatience. A signal may interrupt the handler of another, so it is counted with
-    what nothing can interrupt.
+    A terminal or a process manager sends a signal to all processes of a group, and a parent passes
+    SIGTERM on as well: however often that comes, it means no more than the first.
     """
 
     def __init__(self) -> None:
-        self._all = itertools.count()
-        self._each = {number: itertools.count() for number in OTHER}
+        # A signal may interrupt the handler of another; nothing interrupts a step of this.
+        self._interrupts = itertools.count()
 
-    def count(self, number: int) -> tuple[bool, bool]:
-        """Count a signal; tell whether it is the first of all, and whether it comes again."""
-        first, again = next(self._all) == 0, next(self._each[number]) > 0
-        return first, again and number != signal.SIGHUP
+    def grows(self, number: int) -> bool:
+        """Count a signal, and tell whether it means at once."""
+        if number == signal.SIGINT:
+            return next(self._interrupts) > 0
+        return number == signal.SIGQUIT
 
 
 def end_on_signals() -> None:
@@ -53,18 +48,14 @@ def end_on_signals() -> None:
 
 
 class Relay:
-    """Passes on the signals that make processes leave: all, or those that come again.
-
-    They may have a signal already: a terminal sends it to a whole group, systemd to all processes
-    of a unit. The same one again would make them leave at once. So they get the other one, and get
-    it again only when ours comes again.
+    """Passes the signals to leave on to other processes: as SIGTERM, or as SIGQUIT for at once.
 
     :param pids: the processes, as they come and go.
     """
 
     def __init__(self, pids: t.Collection[int]) -> None:
         self._pids = pids
-        self._summons = Summons()
+        self._impatience = Impatience()
         self.stopping = False
 
     def listen(self) -> None:
@@ -76,16 +67,16 @@ class Relay:
     def held(self) -> t.Iterator[t.Collection[int]]:
         """Hold signals back while a process starts, so that none comes before its pid is known; the
         value is the mask that the process must have."""
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, OTHER)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             yield mask
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
-    def stop(self, number: int = signal.SIGINT, frame: types.FrameType | None = None) -> None:
-        """Let the processes leave; called again for the same signal, at once."""
+    def stop(self, number: int = signal.SIGTERM, frame: types.FrameType | None = None) -> None:
+        """Let the processes leave: in order, or at once if that is meant."""
         self.stopping = True
-        if any(self._summons.count(number)):
-            for pid in list(self._pids):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, OTHER[number])
+        passed_on = signal.SIGQUIT if self._impatience.grows(number) else signal.SIGTERM
+        for pid in list(self._pids):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, passed_on)

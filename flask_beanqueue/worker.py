@@ -34,7 +34,7 @@ from .models import uuid7
 from .queries import application_name
 from .queue import Queue
 from .registry import Registry
-from .shutdown import Summons, heeded
+from .shutdown import Impatience, heeded
 from .suspect import Suspect
 from .version import __version__
 from .watchdog import Watchdog
@@ -279,12 +279,10 @@ class Worker:
             yield  # whoever made the thread tells us to stop
             return
 
-        summons = Summons()
+        impatience = Impatience()
 
         def handler(number: int, frame: types.FrameType | None) -> None:
-            first, again = summons.count(number)
-            if first or again:
-                self.stop(at_once=again)
+            self.stop(at_once=impatience.grows(number))
 
         numbers = heeded()
         before = [signal.signal(number, handler) for number in numbers]

@@ -852,16 +852,20 @@ def test_a_reloading_worker_lets_running_tasks_end(
 
 
 @pytest.mark.parametrize(
-    ("send", "number"),
-    [(Process.send, signal.SIGTERM), (Process.send_all, signal.SIGINT)],
-    ids=["SIGTERM", "Ctrl-C"],
+    ("send", "number", "second"),
+    [
+        (Process.send, signal.SIGTERM, signal.SIGQUIT),
+        (Process.send_all, signal.SIGINT, signal.SIGINT),
+    ],
+    ids=["SIGQUIT", "Ctrl-C"],
 )
-def test_a_second_signal_makes_a_reloading_worker_leave_at_once(
+def test_a_reloading_worker_can_be_made_to_leave_at_once(
     reloaded: Reloaded,
     database_url: str,
     probe: Probe,
     send: Callable[[Process, int], None],
     number: int,
+    second: int,
 ) -> None:
     worker = reloaded.start(BQ_SHUTDOWN_TIMEOUT=1000)
     with probe.gate("waiting"):
@@ -870,7 +874,7 @@ def test_a_second_signal_makes_a_reloading_worker_leave_at_once(
         [child] = psutil.Process(worker.pid).children()
         send(worker, number)
         worker.wait_line("stops")
-        send(worker, number)
+        send(worker, second)
         assert worker.wait() == 0
         assert not child.is_running()
     assert rows(database_url, "state, attempts, crashes") == [("PENDING", 0, 0)]

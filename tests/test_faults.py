@@ -210,14 +210,15 @@ def test_after_the_grace_time_running_tasks_are_given_back_uncounted(
     assert rows(database_url, "state, attempts, crashes, worker_id") == [("PENDING", 0, 0, None)]
 
 
-def test_a_second_signal_does_not_wait_for_running_tasks(
+def test_sigquit_does_not_wait_for_running_tasks(
     app: Flask, database_url: str, probe: Probe, processes: Processes
 ) -> None:
     worker = processes.worker(APP, BQ_SHUTDOWN_TIMEOUT=1000)
     with probe.paused("waiting long", faults.wait, name="long"):
-        worker.send(15)
+        worker.send(signal.SIGTERM)
         worker.wait_line("stops")
-        assert worker.stop() == 0
+        worker.send(signal.SIGQUIT)
+        assert worker.wait() == 0
     assert rows(database_url, "state, attempts, crashes") == [("PENDING", 0, 0)]
 
 
@@ -250,6 +251,7 @@ def test_sigterm_on_top_of_ctrl_c_does_not_cut_tasks_short(
     with probe.paused("waiting one", faults.wait, name="one") as open_gate:
         worker.send(signal.SIGINT)
         worker.wait_line("stops")
+        worker.send(signal.SIGTERM)
         worker.send(signal.SIGTERM)
         open_gate()
     assert worker.wait() == 0
@@ -575,21 +577,26 @@ def test_a_signal_lets_the_running_tasks_of_all_processes_end(
     assert rows(database_url, "state, attempts, crashes") == [("DONE", 1, 0)]
 
 
-@with_each_signal
+@pytest.mark.parametrize(
+    ("number", "second"),
+    [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGQUIT)],
+    ids=["Ctrl-C twice", "SIGQUIT"],
+)
 @sent_either_way
-def test_a_second_signal_makes_all_processes_leave_at_once(
+def test_all_processes_can_be_made_to_leave_at_once(
     app: Flask,
     database_url: str,
     probe: Probe,
     processes: Processes,
     send: Send,
     number: int,
+    second: int,
 ) -> None:
     supervisor = processes.worker(APP, "--processes", "2", BQ_SHUTDOWN_TIMEOUT=1000)
     with probe.paused("waiting long", faults.wait, name="long"):
         send(supervisor, number)
         supervisor.wait_line("stops", times=2)
-        send(supervisor, number)
+        send(supervisor, second)
         assert supervisor.wait() == 0
     assert rows(database_url, "state, attempts, crashes") == [("PENDING", 0, 0)]
 

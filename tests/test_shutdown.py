@@ -17,7 +17,15 @@ from flask_beanqueue.bell import Bell
 from flask_beanqueue.shutdown import Relay
 
 
-def test_a_second_signal_that_comes_while_the_first_is_passed_on_is_passed_on(
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What is passed on."""
+    sent: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append(number))
+    return sent
+
+
+def test_an_interrupt_that_comes_while_another_is_passed_on_means_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sent: list[int] = []
@@ -26,20 +34,27 @@ def test_a_second_signal_that_comes_while_the_first_is_passed_on_is_passed_on(
     def kill(pid: int, number: int) -> None:
         sent.append(number)
         if len(sent) == 1:
-            relay.stop(signal.SIGTERM)
+            relay.stop(signal.SIGINT)
 
     monkeypatch.setattr(os, "kill", kill)
-    relay.stop(signal.SIGTERM)
-    assert sent == [signal.SIGINT, signal.SIGINT]
-
-
-def test_the_other_signal_is_not_passed_on_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    sent: list[int] = []
-    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append(number))
-    relay = Relay([1])
     relay.stop(signal.SIGINT)
+    assert sent == [signal.SIGTERM, signal.SIGQUIT]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_what_a_process_manager_sends_on_top_is_no_impatience(sent: list[int], number: int) -> None:
+    relay = Relay([1])
+    relay.stop(number)
     relay.stop(signal.SIGTERM)
-    assert sent == [signal.SIGTERM]
+    relay.stop(signal.SIGHUP)
+    assert sent == [signal.SIGTERM] * 3
+
+
+def test_sigquit_is_passed_on_as_it_is(sent: list[int]) -> None:
+    relay = Relay([1])
+    relay.stop(signal.SIGQUIT)
+    assert sent == [signal.SIGQUIT]
+    assert relay.stopping
 
 
 def call_handler(number: int) -> None:
@@ -48,13 +63,20 @@ def call_handler(number: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("second", "at_once"), [(signal.SIGINT, False), (signal.SIGTERM, True)], ids=["other", "same"]
+    ("first", "second", "at_once"),
+    [
+        (signal.SIGINT, signal.SIGINT, True),
+        (signal.SIGTERM, signal.SIGQUIT, True),
+        (signal.SIGINT, signal.SIGTERM, False),
+        (signal.SIGTERM, signal.SIGTERM, False),
+        (signal.SIGTERM, signal.SIGINT, False),
+    ],
 )
 @pytest.mark.parametrize("within", [True, False])
-def test_a_worker_leaves_at_once_for_the_same_signal_only(
-    app: Flask, bq: BeanQueue, second: int, at_once: bool, within: bool
+def test_a_worker_leaves_at_once_for_sigquit_or_a_second_interrupt(
+    app: Flask, bq: BeanQueue, first: int, second: int, at_once: bool, within: bool
 ) -> None:
-    """A terminal and a parent may each send one, at the same time."""
+    """A terminal, a parent and a process manager may each send one, at the same time."""
     worker = bq.worker(["default"], app=app)
     calls: list[int] = []
 
@@ -68,22 +90,22 @@ def test_a_worker_leaves_at_once_for_the_same_signal_only(
 
     worker.config = Config()  # type: ignore[assignment]
     with worker._bell, worker._signal_handlers():
-        call_handler(signal.SIGTERM)
+        call_handler(first)
         if not within:
             call_handler(second)
     assert worker._stopping
     assert (worker._grace_until <= time.monotonic()) is at_once
 
 
-def test_the_first_signal_to_a_worker_that_stops_already_is_no_impatience(
+def test_the_first_interrupt_of_a_worker_that_stops_already_is_no_impatience(
     app: Flask, bq: BeanQueue
 ) -> None:
     worker = bq.worker(["default"], app=app)
     with worker._bell, worker._signal_handlers():
         worker.stop()
-        call_handler(signal.SIGTERM)
+        call_handler(signal.SIGINT)
         assert worker._grace_until > time.monotonic()
-        call_handler(signal.SIGTERM)
+        call_handler(signal.SIGINT)
         assert worker._grace_until <= time.monotonic()
 
 
