@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import selectors
-import signal
 import socket
 import typing as t
 
@@ -36,16 +35,11 @@ class Bell:
         assert self._ends is not None
         return self._ends[0].fileno()
 
-    @contextlib.contextmanager
-    def rung_by_signals(self) -> t.Iterator[None]:
-        """Let each signal that has a handler ring: Python calls the handler of one that comes just
-        before the sleep only when the sleep is over."""
+    @property
+    def wakes(self) -> int:
+        """A file that rings when it is written to, for :func:`shutdown.handle`."""
         assert self._ends is not None
-        before = signal.set_wakeup_fd(self._ends[1].fileno(), warn_on_full_buffer=False)
-        try:
-            yield
-        finally:
-            signal.set_wakeup_fd(before)
+        return self._ends[1].fileno()
 
     def ring(self) -> None:
         """Wake the loop, or keep it from its next sleep. For any thread and signal handler."""

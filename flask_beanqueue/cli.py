@@ -111,19 +111,27 @@ def worker_command(
         except (RuntimeError, ValueError) as error:
             raise click.ClickException(str(error)) from error
 
-    def run(worker: Worker) -> int:
+    def run(worker: Worker, *, forked: bool = False) -> int:
+        from multiprocessing import active_children  # which takes a web process time to import
+
+        before = active_children()
         try:
             worker.run()
         except WorkerDied as error:
             log.error("%s", error)
             return 1
+        finally:
+            if worker.running:  # and waits for its children, perhaps, as Python would at its end
+                for child in set(active_children()) - set(before):
+                    if forked or not child.daemon:  # at its end, Python terminates daemons itself
+                        child.terminate()
         return 0
 
     def work(place: Place, source: Source) -> int:
         forget_connections(app, bq)
         try:
             with readable_errors():
-                return run(make(place, source))
+                return run(make(place, source), forked=True)
         except click.ClickException as error:
             error.show()
             return error.exit_code

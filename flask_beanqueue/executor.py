@@ -21,6 +21,7 @@ from .outcome import Outcome
 from .processor import AnyProcessor
 from .queue import Queue
 from .registry import Registry
+from .shutdown import leave
 
 #: Seconds for which tasks of one worker go through the same. The loop tries again after 2, at most.
 TOGETHER = 3.0
@@ -164,7 +165,7 @@ class Executor:
             result = processor.func(**injected, **claim.kwargs)
         finally:
             if _forks != forks:
-                os._exit(0)  # the processor forked, and this is the child: it must not commit
+                leave()  # the processor forked, and this is the child: it must not commit
         if self.queue.db.session is not sessions:
             sessions.remove()
             raise RuntimeError(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import signal
 import sys
 import threading
 import time
-import traceback
 import typing as t
 import uuid
 
@@ -18,7 +16,7 @@ from .bell import Bell
 from .listen import Source
 from .log import log
 from .models import uuid7
-from .shutdown import Relay, end_on_signals
+from .shutdown import Handlers, Relay, end_on_signals, flush, handling, leave
 
 #: Seconds after which a process counts as well started.
 STEADY = 5.0
@@ -41,13 +39,6 @@ class Place(t.NamedTuple):
     #: their parent: they need not be waited for until their heartbeats are missed. Who came next
     #: may have died before it could say so of those before it, so it is said again.
     predecessors: tuple[uuid.UUID, ...]
-
-
-def flush() -> None:
-    """Write what was printed."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):  # it may be closed
-            stream.flush()
 
 
 class Supervisor:
@@ -91,8 +82,8 @@ class Supervisor:
     def run(self) -> int:
         """Run until all processes have left; the exit code is 0 if theirs were."""
         self._relay.listen()
-        signal.signal(signal.SIGCHLD, lambda *_: None)  # what has no handler rings no bell
-        with self._bell, self._bell.rung_by_signals():
+        ring: Handlers = {signal.SIGCHLD: lambda *_: None}  # what has no handler rings no bell
+        with self._bell, handling(ring, self._bell.wakes):
             self._listen()  # before the first starts, which says whether it polls
             while self._children or (self._vacant and not self._relay.stopping):
                 self._fill()
@@ -192,10 +183,7 @@ class Supervisor:
             self._children[pid] = place, time.monotonic()
 
     def _run_child(self, place: Place, mask: t.Collection[int]) -> t.NoReturn:
-        code = 1
         try:
-            signal.set_wakeup_fd(-1)  # the parent's
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             end_on_signals()
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             os.close(self._lifeline[1])
@@ -203,12 +191,9 @@ class Supervisor:
             signals.worker_started.connect(
                 lambda *_, **__: self._started.__setitem__(place.number, True), weak=False
             )
-            code = self._start(place)
-        except BaseException:
-            traceback.print_exc()
+            sys.exit(self._start(place))
         finally:
-            flush()
-            os._exit(code)
+            leave()
 
     def _follow(self) -> None:
         """In a child: leave when the supervisor is gone, and its end of the pipe with it."""

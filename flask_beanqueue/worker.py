@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import os
-import signal
 import socket
 import threading
 import time
@@ -34,7 +33,7 @@ from .models import uuid7
 from .queries import application_name
 from .queue import Queue
 from .registry import Registry
-from .shutdown import Impatience, heeded
+from .shutdown import Impatience, handling, heeded
 from .suspect import Suspect
 from .version import __version__
 from .watchdog import Watchdog
@@ -166,6 +165,11 @@ class Worker:
         self.id = worker_id
         self._predecessors = predecessors
 
+    @property
+    def running(self) -> int:
+        """How many tasks its threads are at, also when it has left."""
+        return self._crew.running
+
     # Life.
 
     def run(self) -> None:
@@ -273,26 +277,15 @@ class Worker:
         self._cause_of_death = self._cause_of_death or why
         self.stop()
 
-    @contextlib.contextmanager
-    def _signal_handlers(self) -> t.Iterator[None]:
+    def _signal_handlers(self) -> contextlib.AbstractContextManager[None]:
         if threading.current_thread() is not threading.main_thread():
-            yield  # whoever made the thread tells us to stop
-            return
-
+            return contextlib.nullcontext()  # whoever made the thread tells us to stop
         impatience = Impatience()
 
         def handler(number: int, frame: types.FrameType | None) -> None:
             self.stop(at_once=impatience.grows(number))
 
-        numbers = heeded()
-        before = [signal.signal(number, handler) for number in numbers]
-        try:
-            with self._bell.rung_by_signals():
-                yield
-        finally:
-            for number, previous in zip(numbers, before, strict=True):
-                # None: by something that is not Python.
-                signal.signal(number, signal.SIG_DFL if previous is None else previous)
+        return handling(dict.fromkeys(heeded(), handler), self._bell.wakes)
 
     def _loop(self) -> None:
         while not self._stopping:

@@ -14,7 +14,7 @@ from flask import Flask
 
 from flask_beanqueue import BeanQueue
 from flask_beanqueue.bell import Bell
-from flask_beanqueue.shutdown import Relay
+from flask_beanqueue.shutdown import Relay, handling
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def unheeded() -> Iterator[int]:
 def test_a_signal_that_comes_just_before_the_sleep_ends_it(unheeded: int) -> None:
     bell = Bell()
     with bell:
-        with bell.rung_by_signals():
+        with handling({}, bell.wakes):
             signal.raise_signal(unheeded)
             bell.wait(lambda: None)
         signal.raise_signal(unheeded)
