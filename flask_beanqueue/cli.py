@@ -17,7 +17,7 @@ from . import reloader
 from .arguments import ArgumentError
 from .claim import this_app
 from .config import ConfigError
-from .connection import EncodingError, PoolerError, connect
+from .connection import SetupError, connect
 from .errors import reason, sqlstate
 from .extension import BeanQueue
 from .fanout import Fanout
@@ -314,7 +314,7 @@ def readable_errors(
         else:  # as a trigger's own error, which psycopg 3 counts among these and psycopg2 does not
             message = f"The database refuses this: {reason(error)}"
         raise click.ClickException(message) from error
-    except (PoolerError, EncodingError) as error:
+    except SetupError as error:
         raise click.ClickException(str(error)) from error
     except sa.exc.OperationalError as error:
         raise click.ClickException(f"The database cannot be used: {reason(error)}") from error

@@ -13,11 +13,15 @@ from sqlalchemy.engine import Connection, Engine
 READ_COMMITTED = "read committed"
 
 
-class PoolerError(RuntimeError):
+class SetupError(RuntimeError):
+    """The queue cannot work as things are set up; the message says what to change."""
+
+
+class PoolerError(SetupError):
     """A pooler stands before the database, and the queue cannot work through it."""
 
 
-class EncodingError(RuntimeError):
+class EncodingError(SetupError):
     """The texts that the database holds may be such as no driver can read."""
 
 

@@ -11,6 +11,7 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import Connection
 
 from .claim import Claim
+from .connection import SetupError
 from .listen import notifies, notify_name
 from .marks import EARLIEST, LATEST, Front, Level, Look
 from .models import PROCESSING, Models
@@ -294,6 +295,37 @@ class Queries:
                 WHERE :notify
             )
             SELECT CAST(id AS text), claims FROM settled CROSS JOIN notified
+        """)
+
+        # What a worker would not be told of by any error: rows that row-level security hides from
+        # it, and a relation in which ctid is no identity. Of the policies for a command, one that
+        # is permissive shows what any of them shows, and one that is restrictive may hide a row.
+        # What is not there is left to those who use it.
+        self._obstacles = self._text("""
+            SELECT needed.name, c.relkind = 'r' AS ordinary, quote_ident(current_user) AS role,
+                row_security_active(c.oid) AND EXISTS (
+                    SELECT FROM unnest(string_to_array(needed.commands, NULL)) AS used (command)
+                    LEFT JOIN LATERAL (
+                        SELECT p.polpermissive AS permissive,
+                            pg_get_expr(p.polqual, p.polrelid) AS shows,
+                            pg_get_expr(COALESCE(p.polwithcheck, p.polqual), p.polrelid) AS takes
+                        FROM pg_policy AS p
+                        WHERE p.polrelid = c.oid
+                          AND CAST(p.polcmd AS text) IN ('*', used.command)
+                          AND EXISTS (
+                            SELECT FROM unnest(p.polroles) AS held (role)
+                            WHERE CASE WHEN held.role = 0 THEN true
+                                ELSE pg_has_role(held.role, 'USAGE') END)
+                    ) AS policy ON true
+                    GROUP BY used.command
+                    HAVING bool_or(NOT policy.permissive) OR bool_or(
+                        policy.permissive AND policy.takes = 'true'
+                        AND (used.command = 'a' OR policy.shows = 'true')) IS NOT TRUE
+                ) AS hidden
+            FROM unnest(CAST(:names AS text[]), CAST(:commands AS text[]))
+                AS needed (name, commands)
+            JOIN pg_class AS c ON c.oid = to_regclass(needed.name)
+            ORDER BY needed.name
         """)
 
         # Which rows somebody else has locked, without waiting for them.
@@ -666,10 +698,12 @@ class Queries:
     def check_tables(self, connection: Connection) -> None:
         """See whether the tables are there with all columns, and may be used; read no row.
 
+        :raises SetupError: if rows are hidden from the role, or the tasks are in no ordinary table.
         :raises sqlalchemy.exc.DBAPIError: naming what is not; a ProgrammingError, unless it comes
             from a trigger.
         """
         worker, task, event = self.models.tables
+        self.check_obstacles(connection)
         for table in (worker, task, event):
             nothing = sa.select(*table.columns).where(sa.false())
             if table is not event:  # which also takes the right to UPDATE
@@ -682,6 +716,32 @@ class Queries:
         self.check_claims(connection)
         for plain in (True, False):
             self.check_outcomes(connection, plain=plain)
+
+    def check_obstacles(self, connection: Connection) -> None:
+        """See whether a worker would miss rows without being told.
+
+        :raises SetupError: if so.
+        """
+        # What a worker does with each table: SELECT, INSERT, UPDATE, as policies call it.
+        worker, task, event = (quote(table).replace(r"\:", ":") for table in self.models.tables)
+        commands = {worker: "raw", task: "rw", event: "a"}
+        rows = connection.execute(
+            self._obstacles, {"names": list(commands), "commands": list(commands.values())}
+        ).all()
+        if hidden := [row.name for row in rows if row.hidden]:
+            names, role = ", ".join(hidden), rows[0].role
+            raise SetupError(
+                f"Row-level security keeps {role} from rows of {names}: a worker would find nothing"
+                f" to do, and say nothing. ALTER ROLE {role} BYPASSRLS; or, for each table, CREATE"
+                f" POLICY … FOR ALL TO {role} USING (true), and let no restrictive policy apply to"
+                f" it; or ALTER TABLE … DISABLE ROW LEVEL SECURITY."
+            )
+        if not all(row.ordinary for row in rows if row.name == task):
+            raise SetupError(
+                f"{task} is not an ordinary table (it is partitioned, say, or a view), and a worker"
+                " finds its tasks by ctid, which identifies rows of ordinary tables alone. Let the"
+                " queue have such a table, and copy what has ended to a partitioned one of yours."
+            )
 
     def check_claims(self, connection: Connection) -> None:
         """See whether tasks can be claimed, whichever they are; claim none.

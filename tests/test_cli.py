@@ -497,6 +497,29 @@ def test_a_worker_says_what_keeps_it_from_claiming_any_task(
     assert "Error: The database refuses this: maintenance until six" in result.output
 
 
+@pytest.mark.parametrize(
+    "instead",
+    [
+        "CREATE TABLE bq_tasks (LIKE kept INCLUDING ALL) PARTITION BY HASH (id)",
+        "CREATE VIEW bq_tasks AS SELECT * FROM kept",
+        "CREATE FOREIGN TABLE bq_tasks (id uuid) SERVER elsewhere",
+    ],
+    ids=["partitioned", "view", "foreign"],
+)
+def test_a_worker_refuses_tasks_that_are_in_no_ordinary_table(
+    invoke: Invoke, double: Any, database_url: str, instead: str
+) -> None:
+    query(database_url, "ALTER TABLE bq_tasks RENAME TO kept")
+    query(database_url, "CREATE FOREIGN DATA WRAPPER none")
+    query(database_url, "CREATE SERVER elsewhere FOREIGN DATA WRAPPER none")
+    query(database_url, instead)
+    result = invoke("worker", "--burst")
+    query(database_url, "DROP FOREIGN DATA WRAPPER none CASCADE")
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: bq_tasks is not an ordinary table")
+    assert query(database_url, "SELECT FROM bq_workers") == []
+
+
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_a_worker_refuses_a_database_whose_texts_need_not_be_readable(
     make_app: MakeApp,

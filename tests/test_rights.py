@@ -15,6 +15,7 @@ from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
 from flask_beanqueue import BeanQueue, TaskModelMixin, TaskModelRefWorkerMixin
+from flask_beanqueue.connection import SetupError, connect
 
 from . import postgres
 from .apps import rights
@@ -562,3 +563,154 @@ def test_the_web_role_cannot_end_a_workers_connections(shop: Shop) -> None:
         # As PostgreSQL 16 and later put it, and 15.
         with shop.context("web"), denied("permission denied|must be a member of the role"):
             rights.db.session.scalar(sa.select(sa.func.pg_terminate_backend(pid)))
+
+
+# Row-level security, which lets a worker see no task and says nothing of it.
+
+QUEUE = ("bq_tasks", "bq_workers", "bq_events")
+
+
+@pytest.fixture
+def hidden_shop(shop: Shop) -> Shop:
+    """One whose rows are hidden from all but the owner of the tables."""
+    for table in QUEUE:
+        shop.sql(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
+    return shop
+
+
+def allow(shop: Shop, *policies: str, role: str = "worker") -> None:
+    """Make policies for all tables of the queue.
+
+    :param policies: what comes after the name of the table; ``{role}`` is the role.
+    """
+    for table in QUEUE:
+        for number, policy in enumerate(policies):
+            policy = policy.format(role=shop.role(role))
+            shop.sql(f"CREATE POLICY p{number} ON {table} {policy}")
+
+
+def check(shop: Shop, role: str = "worker", **changes: Any) -> None:
+    """Check the tables as a worker does when it starts.
+
+    :param changes: of the URL.
+    """
+    engine = sa.create_engine(sa.make_url(shop.url_of(role)).set(**changes))
+    with contextlib.closing(connect(engine)) as connection:
+        rights.bq.queries.check_tables(connection)
+
+
+HIDDEN = "Row-level security keeps {role} from rows of {tables}"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--burst"], ["--processes", "2"]])
+def test_a_worker_from_which_rows_are_hidden_says_so(
+    hidden_shop: Shop, arguments: list[str]
+) -> None:
+    process = hidden_shop.flask("worker", "worker", *arguments)
+    assert process.wait() == 1
+    [line] = [line for line in process.output.splitlines() if line.startswith("Error: ")]
+    role = hidden_shop.role("worker")
+    assert HIDDEN.format(role=role, tables="bq_events, bq_tasks, bq_workers") in line
+    assert f"ALTER ROLE {role} BYPASSRLS" in line
+    assert f"FOR ALL TO {role} USING (true)" in line
+    assert hidden_shop.sql("SELECT FROM bq_workers") == []
+
+
+@pytest.mark.parametrize("table", QUEUE)
+def test_one_table_whose_rows_are_hidden_is_refused(shop: Shop, table: str) -> None:
+    shop.sql(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
+    words = HIDDEN.format(role=shop.role("worker"), tables=table)
+    with pytest.raises(SetupError, match=re.escape(words)):
+        check(shop)
+    shop.sql(f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY")
+    check(shop)
+
+
+@pytest.mark.parametrize(
+    "policies",
+    [
+        ["TO {role} USING (true)"],
+        ["USING (true)"],  # to all
+        ["TO {role} USING (true) WITH CHECK (true)"],
+        [
+            "FOR SELECT TO {role} USING (true)",
+            "FOR UPDATE TO {role} USING (true)",
+            "FOR INSERT TO {role} WITH CHECK (true)",
+        ],
+        ["TO {role} USING (true)", "TO {role} USING (id IS NULL)"],  # one of them is enough
+        ["TO {role} USING (true)", "AS RESTRICTIVE FOR DELETE TO {role} USING (false)"],
+    ],
+)
+def test_a_policy_that_shows_all_rows_lets_a_worker_work(
+    hidden_shop: Shop, policies: list[str]
+) -> None:
+    allow(hidden_shop, *policies)
+    check(hidden_shop)
+
+
+def test_a_worker_to_which_a_policy_shows_all_rows_does_tasks(hidden_shop: Shop) -> None:
+    allow(hidden_shop, "TO {role} USING (true)")
+    web = hidden_shop.role("web")
+    hidden_shop.sql(f"CREATE POLICY web ON bq_tasks FOR INSERT TO {web} WITH CHECK (true)")
+    hidden_shop.enqueue("web", rights.make, texts=["one", "two"])
+    hidden_shop.enqueue("web", rights.stumble)
+    assert hidden_shop.burst().wait() == 0
+    assert hidden_shop.effects() == ["one", "stumbled", "two"]
+
+
+@pytest.mark.parametrize(
+    "policies",
+    [
+        ["TO {role} USING (false)"],
+        ["TO {role} USING (id IS NULL)"],
+        ["TO {role}"],  # which shows none
+        ["TO {role} USING (true) WITH CHECK (false)"],
+        ["FOR SELECT TO {role} USING (true)", "FOR INSERT TO {role} WITH CHECK (false)"],
+        ["FOR INSERT TO {role} WITH CHECK (true)"],
+        ["TO {role} USING (true)", "AS RESTRICTIVE TO {role} USING (id IS NOT NULL)"],
+        ["TO {role} USING (true)", "AS RESTRICTIVE FOR INSERT WITH CHECK (id IS NOT NULL)"],
+    ],
+)
+def test_a_policy_that_may_hide_a_row_is_refused(hidden_shop: Shop, policies: list[str]) -> None:
+    allow(hidden_shop, *policies)
+    with pytest.raises(SetupError, match="Row-level security"):
+        check(hidden_shop)
+
+
+def test_a_policy_of_a_role_holds_for_its_members_alone(hidden_shop: Shop) -> None:
+    group = hidden_shop.make_role("other")
+    allow(hidden_shop, "TO {role} USING (true)", role="other")
+    with pytest.raises(SetupError, match="Row-level security"):
+        check(hidden_shop)
+    hidden_shop.sql(f"GRANT {group} TO {hidden_shop.role('worker')}")
+    check(hidden_shop)
+
+
+def test_who_passes_row_level_security_works(hidden_shop: Shop) -> None:
+    hidden_shop.sql(f"ALTER ROLE {hidden_shop.role('worker')} BYPASSRLS")
+    check(hidden_shop)
+    check(hidden_shop, "owner")
+
+
+def test_an_owner_that_is_held_to_its_own_policies_is_refused(hidden_shop: Shop) -> None:
+    hidden_shop.sql("ALTER TABLE bq_tasks FORCE ROW LEVEL SECURITY")
+    with pytest.raises(SetupError, match="from rows of bq_tasks:"):
+        check(hidden_shop, "owner")
+
+
+def test_rows_that_would_raise_instead_of_hide_are_refused_in_the_same_words(
+    hidden_shop: Shop,
+) -> None:
+    hidden_shop.sql(f"ALTER ROLE {hidden_shop.role('worker')} SET row_security = off")
+    with pytest.raises(SetupError, match="Row-level security"):
+        check(hidden_shop)
+
+
+def test_a_role_with_an_odd_name_is_named_as_sql_takes_it(hidden_shop: Shop) -> None:
+    name, worker = f"{hidden_shop.role('worker')} or'so:x%s", hidden_shop.role("worker")
+    hidden_shop.sql(f'ALTER ROLE {worker} RENAME TO "{name}"')
+    try:
+        with pytest.raises(SetupError, match=re.escape(f'ALTER ROLE "{name}" BYPASSRLS')):
+            check(hidden_shop, username=name)
+    finally:
+        hidden_shop.sql(f'ALTER ROLE "{name}" RENAME TO {worker}')
