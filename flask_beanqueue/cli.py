@@ -188,27 +188,27 @@ def create_tables_command() -> None:
     app's own.
     """
     app, bq = current()
-    engine = bq.engine(app)
-    with readable_errors("GRANT REFERENCES on it", of_schema="GRANT USAGE and CREATE on it"):
-        inspector = sa.inspect(engine)
-        for table in bq.models.tables:
-            if inspector.has_table(table.name, schema=table.schema):
-                columns = {c["name"] for c in inspector.get_columns(table.name, table.schema)}
-                if missing := sorted({column.name for column in table.columns} - columns):
-                    raise click.ClickException(
-                        f"The table {table.fullname} exists, but has no column"
-                        f" {', '.join(missing)}. Change it with a migration (Flask-Migrate), or"
-                        " drop it if it holds nothing of worth."
-                    )
-                click.echo(f"{table.fullname} exists")
-        missing_tables = [
-            table
-            for table in bq.models.tables
-            if not inspector.has_table(table.name, schema=table.schema)
-        ]
-        bq.Task.__table__.metadata.create_all(engine, tables=missing_tables)
-        for table in missing_tables:
-            click.echo(f"{table.fullname} created")
+    with (
+        readable_errors("GRANT REFERENCES on it", of_schema="GRANT USAGE and CREATE on it"),
+        bq.engine(app).connect() as connection,
+        # What somebody else has created meanwhile must be seen.
+        connection.execution_options(isolation_level="READ COMMITTED").begin(),
+    ):
+        bq.queries.lock_tables(connection)
+        inspector = sa.inspect(connection)
+        tables = bq.models.tables
+        new = [table for table in tables if not inspector.has_table(table.name, table.schema)]
+        for table in (table for table in tables if table not in new):
+            columns = {c["name"] for c in inspector.get_columns(table.name, table.schema)}
+            if missing := sorted({column.name for column in table.columns} - columns):
+                raise click.ClickException(
+                    f"The table {table.fullname} exists, but has no column"
+                    f" {', '.join(missing)}. Change it with a migration (Flask-Migrate), or"
+                    " drop it if it holds nothing of worth."
+                )
+        bq.Task.__table__.metadata.create_all(connection, tables=new)
+    for table in tables:
+        click.echo(f"{table.fullname} {'created' if table in new else 'exists'}")
 
 
 @bq_cli.command("submit")

@@ -328,6 +328,11 @@ class Queries:
             ORDER BY needed.name
         """)
 
+        # Whoever creates tables waits until nobody else does so, and sees them then.
+        self._lock_tables = self._text("""
+            SELECT pg_advisory_xact_lock(hashtextextended('flask_beanqueue tables', 0))
+        """)
+
         # Which rows somebody else has locked, without waiting for them.
         self._locked = self._text("""
             WITH unlocked AS MATERIALIZED (
@@ -694,6 +699,10 @@ class Queries:
         )
 
     # The workers' life.
+
+    def lock_tables(self, connection: Connection) -> None:
+        """Wait until nobody else creates tables, and let nobody do so until the commit."""
+        connection.execute(self._lock_tables)
 
     def check_tables(self, connection: Connection) -> None:
         """See whether the tables are there with all columns, and may be used; read no row.

@@ -28,7 +28,7 @@ from flask_beanqueue.cli import bq_cli
 from . import postgres
 from .apps import faults
 from .conftest import MakeApp
-from .probe import Probe, query
+from .probe import Probe, query, wait_until
 from .processes import Process, Processes
 from .triggers import trigger
 
@@ -215,6 +215,71 @@ def test_create_tables_of_own_models_in_a_bind(
     assert "bq_tasks created" in result.output
     assert query(database_url, "SELECT to_regclass('bq_tasks')") == [(None,)]
     assert query(other_database_url, "SELECT count(*) FROM bq_tasks") == [(0,)]
+
+
+CREATING_APP = """
+import json, os
+import sqlalchemy as sa
+from flask import Flask
+from flask_beanqueue import BeanQueue, WorkerModelMixin
+from flask_sqlalchemy import SQLAlchemy
+from tests.probe import pause
+
+app = Flask(__name__)
+app.config["SQLALCHEMY_DATABASE_URI"] = os.environ["DATABASE_URL"]
+app.config["SQLALCHEMY_BINDS"] = {"queue": os.environ["DATABASE_URL"]}
+app.config["SQLALCHEMY_ENGINE_OPTIONS"] = json.loads(os.environ.get("OPTIONS", "{}"))
+db = SQLAlchemy(app)
+
+class Worker(WorkerModelMixin, db.Model):
+    __tablename__ = "worker"
+    __table_args__ = {"schema": "house"}
+
+own = {"worker_model": Worker} if "OWN" in os.environ else {}
+bq = BeanQueue(app, bind_key=os.environ.get("BIND"), **own)
+
+if "PAUSES" in os.environ:
+    sa.event.listen(bq.Event.__table__, "after_create", lambda *_, **kw: pause("created"))
+"""
+
+
+@pytest.fixture
+def create(processes: Processes, database_url: str, tmp_path: Path) -> Callable[..., Process]:
+    """Start to create tables."""
+    query(database_url, "CREATE SCHEMA house")
+    path = tmp_path / "creating_app.py"
+    path.write_text(CREATING_APP)
+    return lambda **env: processes.flask("--app", str(path), "bq", "create-tables", **env)
+
+
+def test_six_create_tables_at_once(create: Callable[..., Process]) -> None:
+    all_six = [create() for _ in range(6)]
+    assert [process.wait() for process in all_six] == [0] * 6
+    assert sum(process.output.count("created") for process in all_six) == 3
+    assert sum(process.output.count("exists") for process in all_six) == 15
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {},
+        {"OPTIONS": '{"isolation_level": "SERIALIZABLE"}', "OWN": 1},
+        {"PGOPTIONS": r"-c default_transaction_isolation=repeatable\ read", "BIND": "queue"},
+    ],
+    ids=["as it is", "level of the engine", "level of the session"],
+)
+def test_who_creates_tables_waits_for_who_does_so_already(
+    create: Callable[..., Process], database_url: str, probe: Probe, env: dict[str, Any]
+) -> None:
+    with probe.gate("created") as open_gate:
+        first = create(**env, PAUSES=1)
+        probe.wait("created")
+        second = create(**env)
+        waiting = "SELECT 1 FROM pg_locks WHERE NOT granted"
+        wait_until(lambda: len(query(database_url, waiting)) == 2)  # one of them at the gate
+        open_gate()
+        assert first.wait() == second.wait() == 0
+    assert second.output.count("exists") == 3
 
 
 # submit
