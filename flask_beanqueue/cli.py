@@ -198,17 +198,29 @@ def create_tables_command() -> None:
         inspector = sa.inspect(connection)
         tables = bq.models.tables
         new = [table for table in tables if not inspector.has_table(table.name, table.schema)]
-        for table in (table for table in tables if table not in new):
-            columns = {c["name"] for c in inspector.get_columns(table.name, table.schema)}
-            if missing := sorted({column.name for column in table.columns} - columns):
-                raise click.ClickException(
-                    f"The table {table.fullname} exists, but has no column"
-                    f" {', '.join(missing)}. Change it with a migration (Flask-Migrate), or"
-                    " drop it if it holds nothing of worth."
-                )
+        old = [table for table in tables if table not in new]
+        if lacks := [what for table in old for what in lacking(inspector, table)]:
+            raise click.ClickException(
+                f"The tables are older than this release: {'; '.join(lacks)}. Change them with a"
+                " migration (Flask-Migrate), or drop them if they hold nothing of worth."
+            )
         bq.Task.__table__.metadata.create_all(connection, tables=new)
     for table in tables:
         click.echo(f"{table.fullname} {'created' if table in new else 'exists'}")
+
+
+def lacking(inspector: sa.Inspector, table: sa.Table) -> t.Iterator[str]:
+    """Say what a table lacks that exists: columns, indexes, CHECKs."""
+    names = inspector.dialect.identifier_preparer
+    checks = [each for each in table.constraints if isinstance(each, sa.CheckConstraint)]
+    for what, wanted, found in (
+        ("column", map(names.format_column, table.columns), inspector.get_columns),
+        ("index", map(names.format_index, table.indexes), inspector.get_indexes),
+        ("CHECK", map(names.format_constraint, checks), inspector.get_check_constraints),
+    ):
+        there = {names.quote(str(each["name"])) for each in found(table.name, table.schema)}
+        if missing := sorted(name for name in wanted if name and name not in there):
+            yield f"{table.fullname} has no {what} {', '.join(missing)}"
 
 
 @bq_cli.command("submit")

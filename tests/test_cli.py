@@ -132,14 +132,42 @@ def test_create_tables_leaves_those_that_exist(invoke: Invoke, database_url: str
     assert query(database_url, "SELECT count(*) FROM bq_tasks") == [(1,)]
 
 
-def test_create_tables_names_columns_that_an_old_table_lacks(
-    invoke: Invoke, database_url: str
-) -> None:
+def test_create_tables_names_all_that_old_tables_lack(invoke: Invoke, database_url: str) -> None:
     query(database_url, "ALTER TABLE bq_tasks DROP COLUMN crashes, DROP COLUMN parked")
+    query(database_url, "ALTER TABLE bq_workers DROP CONSTRAINT ck_bq_workers_state")
+    query(database_url, "DROP INDEX ix_bq_tasks_pending, ix_bq_events_task_id")
     result = invoke("create-tables")
     assert result.exit_code == 1
-    assert "The table bq_tasks exists, but has no column crashes, parked." in result.output
-    assert "migration" in result.output
+    assert result.output.startswith(
+        "Error: The tables are older than this release: bq_workers has no CHECK"
+        " ck_bq_workers_state; bq_tasks has no column crashes, parked; bq_tasks has no index"
+        " ix_bq_tasks_pending, ix_bq_tasks_processing, ix_bq_tasks_suspect; bq_events has no index"
+        " ix_bq_events_task_id. Change them with a migration"
+    )
+
+
+@pytest.mark.parametrize("lost", [None, "INDEX", "CONSTRAINT"])
+def test_create_tables_knows_the_names_that_the_apps_convention_gives(
+    make_app: MakeApp, database_url: str, lost: str | None
+) -> None:
+    """Also those that are too long for PostgreSQL, or need quotes."""
+    convention = {"ix": f"An Index of {'%(column_0_name)s' * 9}", "ck": "Check %(constraint_name)s"}
+    db = SQLAlchemy(metadata=sa.MetaData(naming_convention=convention))
+
+    class Worker(WorkerModelMixin, db.Model):  # type: ignore[name-defined, misc]
+        __tablename__ = "worker"
+        __table_args__ = (sa.CheckConstraint("1 < 2", name="that"),)
+        Room = sa.Column("The Room", sa.Text, index=True)
+
+    app = make_app(db, BeanQueue(db=db, worker_model=Worker))
+    if lost == "INDEX":
+        find = "SELECT format('DROP INDEX %I', indexname) FROM pg_indexes WHERE indexname ~ '^An '"
+        [[drop], _] = query(database_url, find)
+        query(database_url, drop)
+    elif lost:
+        query(database_url, 'ALTER TABLE worker DROP CONSTRAINT "Check that"')
+    result = app.test_cli_runner().invoke(args=["bq", "create-tables"])
+    assert result.exit_code == (1 if lost else 0)
 
 
 def test_create_tables_without_the_right_names_the_role(
