@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import os
 import socket
+import sys
 import threading
 import time
 import types
@@ -21,7 +22,7 @@ from .bell import Bell
 from .claim import Claim
 from .claimer import Claimer
 from .config import PREFIX, Config, ConfigError
-from .connection import Line, named
+from .connection import Line, SetupError, named
 from .crew import Crew
 from .errors import TROUBLE, is_hopeless, reason
 from .executor import Executor
@@ -67,6 +68,7 @@ class Worker:
     :param source: what tells it of news; a LISTEN connection of its own, unless said.
     :param watched: whether the process may end by its watchdog, which then is there for it.
     :raises ValueError: if the app's pool has fewer connections than that, or but one for all.
+    :raises SetupError: if greenlets stand in for threads.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Worker:
         #: Where it LISTENs.
         self.listen_engine = make_listen_engine(engine, config)
         check_pool(engine, self.concurrency)
+        check_threads()
 
         self._bell = Bell()
         self._executor = Executor(app, queue, registry, config, engine)
@@ -661,6 +664,26 @@ def make_listen_engine(engine: Engine, config: Config) -> Engine:
         raise ConfigError(
             f"{PREFIX}LISTEN_DATABASE_URL names a driver that cannot be imported: {reason(error)}"
         ) from error
+
+
+def check_threads() -> None:
+    """Refuse a process in which greenlets stand in for threads: one that waits for the database
+    would hold up all others.
+
+    :raises SetupError: naming the library that has replaced them.
+    """
+    for library, module, asks in (
+        ("gevent", "gevent.monkey", "is_module_patched"),
+        ("eventlet", "eventlet.patcher", "is_monkey_patched"),
+    ):
+        is_patched = getattr(sys.modules.get(module), asks, None)
+        # What a worker sleeps with is as bad as its threads.
+        if is_patched and any(map(is_patched, ("threading", "thread", "select"))):
+            raise SetupError(
+                f"{library} has patched threads, or what waits, with greenlets, and a worker needs"
+                " real threads. Let the web server patch (as gunicorn -k does), and not a module"
+                " that the worker imports, too. Tasks can be made in a process that is patched."
+            )
 
 
 def check_pool(engine: sa.Engine, concurrency: int) -> None:

@@ -680,6 +680,61 @@ def test_a_url_that_the_driver_refuses_is_told_in_one_line(
     assert "sslmod" in line
 
 
+#: Replaces threads before anything else is imported, as its documentation wants it.
+GREEN = {
+    "gevent": "from gevent import monkey; monkey.patch_all()",
+    "gevent without threads": "from gevent import monkey; monkey.patch_all(thread=False)",
+    "eventlet": "import eventlet; eventlet.monkey_patch()",
+    "eventlet without threads": "import eventlet; eventlet.monkey_patch(thread=False)",
+}
+with_each_patch = pytest.mark.parametrize("patch", GREEN.values(), ids=GREEN)
+
+
+def green(processes: Processes, patch: str, what: str, *arguments: str) -> Process:
+    """Run something in a process that has been patched."""
+    ignore = "import warnings; warnings.simplefilter('ignore')"  # eventlet is deprecated
+    return processes.python("-c", f"{ignore}; {patch}; {what}", "--app", APP, "bq", *arguments)
+
+
+FLASK = "from flask.cli import main; main()"
+
+
+@with_each_patch
+def test_a_worker_refuses_greenlets_in_place_of_threads(processes: Processes, patch: str) -> None:
+    process = green(processes, patch, FLASK, "worker", "numbers", "--burst")
+    assert process.wait() == 1
+    [line] = [line for line in process.output.splitlines() if line.startswith("Error: ")]
+    assert ("gevent" if "gevent" in patch else "eventlet") in line
+    assert "a worker needs real threads" in line
+
+
+@pytest.mark.parametrize("arguments", [["--processes", "2"], ["--reload"]])
+def test_workers_of_each_kind_refuse_greenlets(processes: Processes, arguments: list[str]) -> None:
+    process = green(processes, GREEN["gevent"], FLASK, "worker", "numbers", *arguments)
+    assert process.wait() == 1
+    assert process.output.count("a worker needs real threads") == 1
+
+
+@with_each_patch
+def test_a_worker_of_the_apps_own_refuses_greenlets(processes: Processes, patch: str) -> None:
+    run = f"from {APP} import create_app as make; from {APP} import bq; app = make()"
+    process = green(processes, patch, f"{run}; bq.process_tasks(['numbers'], app=app)")
+    assert process.wait() == 1
+    process.wait_line("SetupError: ")
+
+
+def test_tasks_are_made_among_greenlets_and_done_where_none_are(
+    processes: Processes, database_url: str
+) -> None:
+    """To import the library is no harm."""
+    assert processes.flask("--app", APP, "bq", "create-tables").wait() == 0
+    create = f"import os; os.environ['BQ_PROCESSOR_PACKAGES'] = {PACKAGES!r}; {FLASK}"
+    submit = ("submit", "numbers", "tests.apps.tasks.numbers", "double", "-k", '{"number": 21}')
+    assert green(processes, GREEN["gevent"], create, *submit).wait() == 0
+    assert green(processes, "import gevent.monkey", create, "worker", "--burst").wait() == 0
+    assert query(database_url, "SELECT state, result FROM bq_tasks") == [("DONE", 42)]
+
+
 def test_submit_warns_of_a_channel_that_no_processor_names(invoke: Invoke, double: Any) -> None:
     arguments = [__name__, "double", "-k", '{"number": 1}']
     assert "spelt" not in invoke("submit", "numbers", *arguments).output
