@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import traceback
 import typing as t
 
 import click
 import sqlalchemy as sa
 from flask import Flask
-from flask.cli import AppGroup
+from flask.cli import AppGroup, NoAppException
 from flask.logging import default_handler
 
 from . import reloader
@@ -34,11 +35,56 @@ UNDEFINED_TABLE = "42P01"
 UNDEFINED_COLUMN = "42703"
 DENIED = "42501"
 
-bq_cli = AppGroup("bq", help="Run workers and make tasks.")
+#: How to install a driver, by its module.
+DRIVERS = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary"}
+
+
+class Group(AppGroup):
+    """Commands that say in words why the app cannot be loaded, if it is its database's URL."""
+
+    def invoke(self, ctx: click.Context) -> t.Any:
+        try:
+            return super().invoke(ctx)
+        except (NoAppException, ImportError, sa.exc.ArgumentError, ValueError) as error:
+            if (words := why_no_engine(error)) is None:
+                raise
+            raise click.ClickException(words) from error
+
+
+def why_no_engine(error: BaseException) -> str | None:
+    """Say why an engine could not be made, if that is what an error is about. The app makes its
+    engines before the queue is there to look at them."""
+    if isinstance(error, NoAppException):  # which Flask makes of an ImportError
+        error = error.__context__ or error
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    where = frame.f_globals["__name__"]
+    if isinstance(error, sa.exc.NoSuchModuleError) or where == "sqlalchemy.engine.url":
+        return (  # without the URL, which may hold a password
+            "The database's URL cannot be used by SQLAlchemy. Let it begin with"
+            " postgresql+psycopg2:// (and not with postgres://), or with postgresql+psycopg:// for"
+            " psycopg 3, as in postgresql+psycopg2://user@host/name."
+        )
+    driver = (getattr(error, "name", None) or where).partition(".")[0]
+    if isinstance(error, ImportError) and driver in DRIVERS:
+        return (
+            f"The database's driver, {driver}, cannot be imported ({reason(error)}). Install it"
+            f" with pip install {DRIVERS[driver]}, or name the other one in the URL:"
+            " postgresql+psycopg2:// or, for psycopg 3, postgresql+psycopg://."
+        )
+    return None
+
+
+bq_cli = Group("bq", help="Run workers and make tasks.")
 
 
 def current() -> tuple[Flask, BeanQueue]:
+    """Return the app, and its queue.
+
+    :raises click.ClickException: if it has none.
+    """
     app = this_app()
+    if "beanqueue" not in app.extensions:
+        raise click.ClickException("This app has no BeanQueue. Call bq.init_app(app) for it.")
     return app, app.extensions["beanqueue"]
 
 

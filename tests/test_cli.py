@@ -735,6 +735,99 @@ def test_tasks_are_made_among_greenlets_and_done_where_none_are(
     assert query(database_url, "SELECT state, result FROM bq_tasks") == [("DONE", 42)]
 
 
+URL_APP = """
+import os
+from flask import Flask
+from flask_beanqueue import BeanQueue
+from flask_sqlalchemy import SQLAlchemy
+
+def create_app():
+    app = Flask(__name__)
+    app.config["SQLALCHEMY_DATABASE_URI"] = os.environ["DATABASE_URL"]
+    db = SQLAlchemy(app)
+    BeanQueue(app)
+    return app
+"""
+
+
+@pytest.fixture(params=["", "app = create_app()"], ids=["factory", "app"])
+def url_app(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    path = tmp_path / "url_app.py"
+    path.write_text(URL_APP + request.param)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgres://me:secret@host/name",
+        "postgresql+psycopgg://me:secret@host/name",
+        "me:secret@host",
+        "postgresql+psycopg2://me:secret@host:port/name",
+    ],
+)
+def test_a_url_that_sqlalchemy_does_not_know_is_told_in_one_line(
+    processes: Processes, url_app: str, url: str
+) -> None:
+    process = processes.flask("--app", url_app, "bq", "worker", DATABASE_URL=url)
+    assert process.wait() == 1
+    [line] = process.output.splitlines()
+    assert line.startswith("Error: The database's URL cannot be used")
+    assert "Let it begin with postgresql+psycopg2://" in line
+    assert "secret" not in line
+
+
+@pytest.mark.parametrize(
+    ("scheme", "driver", "mend"),
+    [
+        ("postgresql+psycopg", "psycopg", "pip install 'psycopg[binary]'"),
+        ("postgresql+psycopg2", "psycopg2", "pip install psycopg2-binary"),
+    ],
+)
+def test_a_driver_that_is_not_there_is_told_in_one_line(
+    processes: Processes, url_app: str, scheme: str, driver: str, mend: str
+) -> None:
+    without = f"import sys; sys.modules[{driver!r}] = None; {FLASK}"
+    process = processes.python(
+        *("-c", without, "--app", url_app, "bq", "worker"), DATABASE_URL=f"{scheme}://me@host/name"
+    )
+    assert process.wait() == 1
+    [line] = process.output.splitlines()
+    assert line.startswith(f"Error: The database's driver, {driver}, cannot be imported (")
+    assert mend in line
+
+
+def test_a_driver_that_is_broken_is_told_in_one_line(processes: Processes, url_app: str) -> None:
+    process = processes.flask(
+        *("--app", url_app, "bq", "worker"),
+        DATABASE_URL="postgresql+psycopg://me@host/name",
+        PSYCOPG_IMPL="none such",
+    )
+    assert process.wait() == 1
+    [line] = process.output.splitlines()
+    assert line.startswith("Error: The database's driver, psycopg, cannot be imported (")
+
+
+@pytest.mark.parametrize("source", ["import no_such_module", "raise ValueError('no app')"])
+def test_what_else_keeps_the_app_from_being_loaded_is_told_as_flask_tells_it(
+    processes: Processes, tmp_path: Path, source: str
+) -> None:
+    path = tmp_path / "broken_app.py"
+    path.write_text(source)
+    process = processes.flask("--app", str(path), "bq", "worker")
+    assert process.wait() != 0
+    process.wait_line("no_such_module" if "import" in source else "ValueError: no app")
+    assert "Traceback" in process.output
+
+
+def test_an_app_without_a_queue_says_so(processes: Processes, tmp_path: Path) -> None:
+    path = tmp_path / "no_queue_app.py"
+    path.write_text("import flask; app = flask.Flask(__name__)")
+    process = processes.flask("--app", str(path), "bq", "worker")
+    assert process.wait() == 1
+    assert process.output.startswith("Error: This app has no BeanQueue. Call bq.init_app(app)")
+
+
 def test_submit_warns_of_a_channel_that_no_processor_names(invoke: Invoke, double: Any) -> None:
     arguments = [__name__, "double", "-k", '{"number": 1}']
     assert "spelt" not in invoke("submit", "numbers", *arguments).output
