@@ -55,6 +55,8 @@ class Heartbeat(threading.Thread):
         self._silent: dict[Silent, float] = {}
         self._has_looked = False
         self._next_termination = 0.0
+        #: Why backends of dead workers go on, by the last that was logged of it.
+        self._said = ""
 
     def stop(self) -> None:
         self._stopped.set()
@@ -145,6 +147,14 @@ class Heartbeat(threading.Thread):
     def _terminate(self, connection: Connection) -> None:
         """End the backends of dead workers, and with them their locks."""
         try:
-            self._queries.terminate(connection)
+            others = self._queries.terminate(connection)
+            why = f"they belong to {', '.join(sorted(others))}" if others else ""
         except sa.exc.ProgrammingError as error:  # the right to do so may have been revoked
-            log.warning("The backends of dead workers cannot be ended: %s", reason(error))
+            why = reason(error)
+        if why and why != self._said:
+            log.warning(
+                "The backends of dead workers cannot be ended: %s. Let all workers of the queue log"
+                " in as one role that may execute pg_terminate_backend.",
+                why,
+            )
+        self._said = why

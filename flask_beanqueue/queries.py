@@ -428,16 +428,21 @@ class Queries:
 
         # A frozen worker still holds locks on what it flushed; and so may one that has shut down
         # without getting at a locked row, if its process then hangs. The process has given the
-        # name to its connections; PostgreSQL allows ending backends of one's own role. The view
-        # shows those of all databases, and a copy of this one holds rows of the same workers.
+        # name to its connections; PostgreSQL allows ending backends of the role that one has, if
+        # that is the one that they logged in as. So this drops a role that was SET, until the
+        # statement's end. The view shows the backends of all databases, and a copy of this one
+        # holds rows of the same workers.
         self._terminate = self._text("""
             WITH gone AS MATERIALIZED (
-                SELECT backend.pid, w.id, w.state FROM pg_stat_activity AS backend
+                SELECT backend.pid, backend.usename, w.id, w.state
+                FROM pg_stat_activity AS backend
                 JOIN {workers} AS w ON backend.application_name = :prefix || CAST(w.id AS text)
-                WHERE w.state <> 'RUNNING' AND backend.usename = current_user
-                  AND backend.datname = current_database()
+                WHERE w.state <> 'RUNNING' AND backend.datname = current_database()
             )
-            SELECT pg_terminate_backend(pid, 1000) FROM gone
+            SELECT usename, CASE
+                WHEN usename = session_user AND set_config('role', 'none', true) IS NOT NULL
+                THEN pg_terminate_backend(pid, 1000) END AS ended
+            FROM gone
             WHERE state = 'NO_HEARTBEAT' OR EXISTS (
                 SELECT FROM {tasks} AS t
                 WHERE t.worker_id = gone.id AND t.state = 'PROCESSING' AND NOT t.parked)
@@ -805,10 +810,11 @@ class Queries:
         """Tell whether the transaction at hand, in which nobody has said so, may only read."""
         return bool(connection.execute(self._read_only).scalar_one() == "on")
 
-    def terminate(self, connection: Connection) -> int:
+    def terminate(self, connection: Connection) -> set[str]:
         """End the backends of workers that are dead, or gone and have left tasks behind, and with
-        them their locks; return how many."""
-        return len(connection.execute(self._terminate, {"prefix": application_name("")}).all())
+        them their locks; return the other roles to which some of them belong, which go on."""
+        rows = connection.execute(self._terminate, {"prefix": application_name("")})
+        return {row.usename for row in rows if row.ended is None}
 
     def orphans(
         self, connection: Connection, after: str | None, limit: int, known: t.Iterable[str]

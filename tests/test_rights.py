@@ -290,13 +290,45 @@ def test_the_connections_of_a_frozen_worker_are_ended(shop: Shop, probe: Probe) 
     assert shop.effects() == ["waited"]
 
 
+@pytest.mark.parametrize("how", ["as it connects", "in the URL", "by default"])
+def test_the_connections_of_a_frozen_worker_that_has_set_its_role_are_ended(
+    closed_shop: Shop, processes: Processes, how: str
+) -> None:
+    """The role that it works as is not the one that it logged in as, and may not end anybody's."""
+    shop = closed_shop
+    group = shop.make_role("other", [grant for grant in GRANTS if grant.to == "shop_worker"])
+    shop.grant(*PARAGRAPHS[:-2])
+    shop.sql(f"GRANT {group} TO {shop.role('worker')}")
+    url, env = sa.make_url(shop.url_of("worker")), {"PROBE_DATABASE_URL": shop.url}
+    if how == "as it connects":
+        env["CONNECT_AS"] = group
+    elif how == "in the URL":
+        url = url.update_query_dict({"options": f"-c role={group}"})
+    else:
+        shop.sql(f"ALTER ROLE {shop.role('worker')} SET role = {group}")
+    env["DATABASE_URL"] = url.render_as_string(hide_password=False)
+
+    def start() -> Process:
+        return processes.worker(APP, **env, **HEARTBEAT)
+
+    with contextlib.closing(Probe(shop.url)) as probe, shop.context("web"):
+        probe.listen_states()
+        first = start()
+        second = done_by_the_next(first.freeze, start, probe, "waiting", rights.wait, text="waited")
+    assert "cannot be ended" not in second.output
+    assert shop.effects() == ["waited"]
+
+
 def test_a_dead_worker_of_another_role_keeps_its_connections_and_not_its_tasks(
     shop: Shop, probe: Probe
 ) -> None:
     other = shop.make_role("other", [grant for grant in GRANTS if grant.to == "shop_worker"])
     first = shop.worker("other")
     with shop.context("web"):
-        done_by_the_next(first.freeze, shop.worker, probe, "thinking", rights.think, text="thought")
+        second = done_by_the_next(
+            first.freeze, shop.worker, probe, "thinking", rights.think, text="thought"
+        )
+    second.wait_line(f"The backends of dead workers cannot be ended: they belong to {other}")
     kept = f"SELECT 1 FROM pg_stat_activity WHERE usename = '{other}' AND application_name ~ 'bean'"
     assert shop.sql(kept)
     first.thaw()

@@ -28,6 +28,14 @@ def create_app(url: str = "") -> Flask:
     app.config["SQLALCHEMY_DATABASE_URI"] = url or os.environ["DATABASE_URL"]
     db.init_app(app)
     bq.init_app(app)
+    if role := os.environ.get("CONNECT_AS"):
+        with app.app_context():
+
+            @sa.event.listens_for(db.engine, "connect")
+            def connect(connection: Any, record: Any) -> None:
+                connection.cursor().execute(f"SET ROLE {role}")
+                connection.commit()
+
     return app
 
 
