@@ -309,7 +309,7 @@ def test_the_connections_of_a_frozen_worker_that_has_set_its_role_are_ended(
     env["DATABASE_URL"] = url.render_as_string(hide_password=False)
 
     def start() -> Process:
-        return processes.worker(APP, **env, **HEARTBEAT)
+        return processes.worker(APP, **env, **ZOMBIE)
 
     with contextlib.closing(Probe(shop.url)) as probe, shop.context("web"):
         probe.listen_states()
