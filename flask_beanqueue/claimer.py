@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import time
 import typing as t
 import uuid
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from . import clock as time
 from .claim import Claim
 from .errors import is_misfit, is_refusal, may_be_of_values, reason
 from .log import log

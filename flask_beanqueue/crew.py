@@ -6,9 +6,9 @@ import collections
 import contextlib
 import queue
 import threading
-import time
 import typing as t
 
+from . import clock as time
 from .claim import Claim
 from .log import log
 from .outcome import Outcome, describe, failed, given_back

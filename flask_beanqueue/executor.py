@@ -5,13 +5,13 @@ from __future__ import annotations
 import collections
 import logging
 import os
-import time
 
 import sqlalchemy as sa
 from flask import Flask
 from sqlalchemy.engine import Engine
 
 from . import arguments, fence, signals
+from . import clock as time
 from . import outcome as outcomes
 from .claim import Claim, ClaimLost, running
 from .config import Config

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-import time
 import typing as t
 import uuid
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
+from . import clock as time
 from .config import Config
 from .connection import Line
 from .errors import reason

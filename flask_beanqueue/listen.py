@@ -7,12 +7,12 @@ import contextlib
 import hashlib
 import selectors
 import threading
-import time
 import typing as t
 import uuid
 
 from sqlalchemy.engine import Connection, Engine
 
+from . import clock as time
 from .connection import PoolerError, is_pooled, named, open_beside
 from .errors import reason
 from .log import log

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 import typing as t
 import uuid
 
+from . import clock as time
 from .claim import Claim
 
 #: Before every id, for a look from the front.

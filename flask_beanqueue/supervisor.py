@@ -7,10 +7,10 @@ import os
 import signal
 import sys
 import threading
-import time
 import typing as t
 import uuid
 
+from . import clock as time
 from . import signals
 from .bell import Bell
 from .listen import Source

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-
+from . import clock as time
 from .claim import Claim
 
 #: Seconds for which others like it follow it, as long as the worker is alone with them.

@@ -8,7 +8,6 @@ import os
 import socket
 import sys
 import threading
-import time
 import types
 import typing as t
 import uuid
@@ -17,6 +16,7 @@ import sqlalchemy as sa
 from flask import Flask
 from sqlalchemy.engine import Connection, Engine
 
+from . import clock as time
 from . import signals
 from .bell import Bell
 from .claim import Claim

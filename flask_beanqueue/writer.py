@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 import traceback
 import typing as t
 import uuid
@@ -12,6 +11,7 @@ import sqlalchemy as sa
 from flask import Flask
 from sqlalchemy.engine import Connection
 
+from . import clock as time
 from . import outcome as outcomes
 from .claim import Claim
 from .errors import is_limit, is_refusal, is_timeout, reason

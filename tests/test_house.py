@@ -30,7 +30,7 @@ FLOORS = """
     bell listen signals retry signature
     connection
     log
-    arguments options config claim errors shutdown version watchdog
+    arguments options config claim clock errors shutdown version watchdog
 """
 FLOOR = {
     module: number
