@@ -10,7 +10,7 @@ import threading
 import typing as t
 import uuid
 
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Connection, Engine, TwoPhaseTransaction
 
 from . import clock as time
 from .connection import PoolerError, is_pooled, named, open_beside
@@ -41,7 +41,10 @@ def notify_name(channel: str) -> str:
 
 
 def notifies(connection: Connection) -> bool:
-    """Whether tasks that are written on this connection NOTIFY (``BQ_NOTIFY``)."""
+    """Whether tasks that are written on this connection NOTIFY (``BQ_NOTIFY``). A transaction that
+    has done so could not be prepared."""
+    if isinstance(connection.get_transaction(), TwoPhaseTransaction):
+        return False
     settings = connection.get_execution_options().get("bq_settings", {})  # app.config
     return settings.get("BQ_NOTIFY", True) is not False
 

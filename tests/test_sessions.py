@@ -3,7 +3,8 @@ with its completion, or it is refused with words."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import flask_sqlalchemy.session
@@ -17,6 +18,7 @@ from flask_beanqueue import (
     BeanQueue,
     EventModelMixin,
     EventModelRefTaskMixin,
+    LimitAttempt,
     TaskModelMixin,
     TaskModelRefWorkerMixin,
     WorkerModelMixin,
@@ -24,8 +26,9 @@ from flask_beanqueue import (
     current_task,
 )
 
-from .conftest import MakeApp, only_task, texts
-from .probe import query
+from . import postgres
+from .conftest import MakeApp, only_task, running, texts, with_driver
+from .probe import Probe, query, wait_until
 
 Work = Callable[..., None]
 
@@ -554,3 +557,147 @@ def test_a_task_may_work_for_a_tenant_whose_tables_have_another_schema(
 
     assert do_one(app, db, bq, act).state == "DONE"
     assert query(database_url, "SELECT text FROM tenant_a.note") == [("a tenant's",)]
+
+
+# Sessions whose commit has two phases.
+
+
+@pytest.fixture(scope="module")
+def preparing_server() -> Iterator[postgres.Server]:
+    """A PostgreSQL that prepares transactions, as it does only if it is told so."""
+    settings = [*postgres.FAST, "max_prepared_transactions=10"]
+    with postgres.running(settings=settings) as server:
+        yield server
+
+
+class TwoPhases(NamedTuple):
+    app: Flask
+    db: Any
+    bq: BeanQueue
+    Note: Any
+    url: str
+
+
+@pytest.fixture
+def two_phases(make_app: MakeApp, preparing_server: postgres.Server) -> Iterator[TwoPhases]:
+    db = SQLAlchemy(session_options={"twophase": True})
+    bq = BeanQueue(db=db)
+
+    class Note(db.Model):  # type: ignore[name-defined, misc]
+        id = sa.Column(sa.Integer, primary_key=True)
+        text = sa.Column(sa.Text, nullable=False)
+
+    with postgres.database(preparing_server.url) as url:
+        app = make_app(db, bq, SQLALCHEMY_DATABASE_URI=with_driver(url))
+        yield TwoPhases(app, db, bq, Note, url)
+
+
+def test_tasks_are_enqueued_in_two_phases_and_done_in_two(two_phases: TwoPhases) -> None:
+    """Without NOTIFY, which cannot be prepared."""
+    app, db, bq, Note, url = two_phases
+    told = []
+
+    @bq.processor(retry_policy=LimitAttempt(2))
+    def write(db: Any, task: Any, text: str) -> None:
+        db.add(Note(text=f"{text} {task.attempts}"))
+        db.commit()
+        db.add(Note(text=f"{text} {task.attempts}, again"))
+        more.enqueue()
+        more.enqueue_many([{}])
+        db.flush()
+        if text == "fails" and task.attempts == 0:
+            raise ValueError
+
+    @bq.processor(auto_complete=False)
+    def more() -> None:
+        pass
+
+    @bq.processor()
+    def again(task: Any) -> None:
+        if task.claims == 1:
+            task.state = "PENDING"
+
+    with contextlib.closing(Probe(url, "default")) as ears, app.app_context():
+        write.enqueue(text="works")
+        write.enqueue_many([{"text": "fails"}])
+        again.enqueue()
+        with db.session.begin_nested():
+            again.enqueue()
+        db.session.commit()
+        told.append(ears.poll())
+        bq.process_tasks(burst=True)
+        for task in db.session.scalars(sa.select(bq.Task).filter_by(func_name="more")):
+            bq.complete(task.id)
+        db.session.commit()
+        states = db.session.scalars(sa.select(bq.Task.state)).all()
+        assert list(states) == ["DONE"] * 8
+    assert told == [[]]
+    assert sorted(texts(app, db, Note)) == [
+        *("fails 0", "fails 1", "fails 1, again", "works 0", "works 0, again")
+    ]
+    assert query(url, "SELECT gid FROM pg_prepared_xacts") == []
+
+
+def test_a_commit_of_two_phases_is_fenced(two_phases: TwoPhases) -> None:
+    app, db, bq, Note, url = two_phases
+
+    def act() -> None:
+        db.session.add(Note(text="never"))
+        query(url, TAKE_AWAY)
+        db.session.commit()
+
+    assert do_one(app, db, bq, act).state == "PROCESSING"
+    assert texts(app, db, Note) == []
+    assert query(url, "SELECT gid FROM pg_prepared_xacts") == []
+
+
+def test_a_worker_polls_for_what_is_enqueued_in_two_phases(two_phases: TwoPhases) -> None:
+    app, db, bq, Note, url = two_phases
+    app.config["BQ_POLL_TIMEOUT"] = 0.2
+
+    @bq.processor()
+    def write(db: Any) -> None:
+        db.add(Note(text="written"))
+
+    with running(app, bq), app.app_context():
+        write.enqueue()
+        db.session.commit()
+        wait_until(lambda: query(url, "SELECT text FROM note"))
+
+
+def test_a_task_that_is_enqueued_in_a_prepared_transaction_is_refused(
+    two_phases: TwoPhases,
+) -> None:
+    """It would not be committed with it."""
+    app, db, bq, _, url = two_phases
+
+    @bq.processor()
+    def nothing() -> None:
+        pass
+
+    with app.app_context():
+        nothing.enqueue()
+        db.session().prepare()
+        with pytest.raises(RuntimeError, match="Enqueue before the commit"):
+            nothing.enqueue()
+        db.session.commit()
+    assert query(url, "SELECT count(*) FROM bq_tasks") == [(1,)]
+
+
+def test_a_task_whose_transaction_cannot_be_prepared_fails(
+    make_app: MakeApp, database_url: str
+) -> None:
+    """As any commit of the app's does."""
+    db = SQLAlchemy(session_options={"twophase": True})
+    bq = BeanQueue(db=db)
+    app = make_app(db, bq)
+
+    @bq.processor()
+    def read(db: Any) -> None:
+        db.execute(sa.text("SELECT 1"))
+
+    query(database_url, "INSERT INTO bq_tasks (module, func_name) VALUES (%s, 'read')", __name__)
+    bq.process_tasks(app=app, burst=True)
+    [(state, error)] = query(database_url, "SELECT state, error_message FROM bq_tasks")
+    assert state == "FAILED"
+    assert "prepared transaction" in error
