@@ -30,7 +30,7 @@ from .heartbeat import Heartbeat
 from .listen import Listener, Source
 from .log import log
 from .marks import Marks
-from .models import uuid7
+from .models import DONE, FAILED, PENDING, PROCESSING, uuid7
 from .queries import application_name
 from .queue import Queue
 from .registry import Registry
@@ -361,7 +361,14 @@ class Worker:
             self._crew.dismiss()
             heartbeat.stop()
             self._signal(signals.worker_stopped)
-            log.info("Worker %s has stopped", self.name)
+            ended = self._writer.ended
+            log.info(
+                "Worker %s has stopped: %d tasks done, %d failed, %d to be tried again",
+                self.name,
+                ended[DONE] + ended[PROCESSING],  # which something else ends
+                ended[FAILED],
+                ended[PENDING],
+            )
 
     def _has_left(self, heartbeat: Heartbeat) -> bool:
         """Whether all is written, or the grace time is over and the rest given back."""
@@ -510,7 +517,9 @@ class Worker:
     def _gather(self, *, everything: bool = False) -> None:
         """Take what the crew is through with: let go of it, or let it be written if it is time."""
         while self._crew.through:
-            self._writer.release(self._crew.through.popleft())
+            claim = self._crew.through.popleft()
+            self._writer.ended[DONE] += claim in self._writer.held  # or it has come before
+            self._writer.release(claim)
         done = self._crew.done
         if done and (everything or time.monotonic() >= self._flush_at()):
             # What is more than one statement takes can wait for others.

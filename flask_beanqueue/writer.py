@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import traceback
 import typing as t
@@ -16,7 +17,7 @@ from . import outcome as outcomes
 from .claim import Claim
 from .errors import is_limit, is_refusal, is_timeout, reason
 from .log import log
-from .models import PENDING, PROCESSING
+from .models import DONE, PENDING, PROCESSING
 from .outcome import Outcome
 from .queue import Queue
 
@@ -71,6 +72,8 @@ class Writer:
         self._unsure: set[Claim] = set()
         #: What is still to be tried where the database refuses an outcome.
         self._fallbacks: dict[Claim, t.Iterator[Outcome]] = {}
+        #: How many tasks have run here, by the state that they got.
+        self.ended: collections.Counter[str] = collections.Counter()
         #: Tokens of claims of which nothing could be written; their tasks stay PROCESSING.
         self.given_up: set[str] = set()
 
@@ -212,6 +215,11 @@ class Writer:
             self._fall_back(part[0], error)
             return
         self._most = min(2 * self._most, self._batch_size)
+        if plain:
+            self.ended[DONE] += len(written)
+        else:
+            for outcome in written:
+                self.ended[outcome.state] += outcome.attempts
         told = not plain or outcomes.tells_success()
         for outcome in written:
             self.release(outcome.claim, waits=outcome.state == PENDING)

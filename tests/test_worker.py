@@ -15,7 +15,7 @@ from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 from flask_sqlalchemy.record_queries import get_recorded_queries
 
-from flask_beanqueue import BeanQueue
+from flask_beanqueue import BeanQueue, LimitAttempt
 from flask_beanqueue.claimer import Claimer
 from flask_beanqueue.crew import HORIZON
 from flask_beanqueue.marks import Front, Marks
@@ -23,7 +23,7 @@ from flask_beanqueue.queries import application_name
 from flask_beanqueue.worker import Worker
 from flask_beanqueue.writer import Writer
 
-from .conftest import running
+from .conftest import MakeApp, running
 from .probe import Probe, connect, query, wait_until
 from .triggers import trigger
 
@@ -1307,3 +1307,47 @@ def test_a_task_that_ends_just_before_a_leaving_worker_sleeps_is_seen(
     worker.stop()
     thread.join(15)
     assert not thread.is_alive(), "it sleeps until the end of its grace time"
+
+
+@pytest.mark.parametrize("events", [False, True])
+def test_a_worker_says_at_its_end_how_many_tasks_it_did(
+    make_app: MakeApp,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    Note: Any,
+    note: Any,
+    caplog: pytest.LogCaptureFixture,
+    events: bool,
+) -> None:
+    """Whoever writes that they have ended: the loop, or a task's own transaction."""
+
+    @bq.processor()
+    def write() -> None:
+        db.session.add(Note(text="written"))
+
+    @bq.processor(auto_complete=False)
+    def park() -> None:
+        pass
+
+    @bq.processor(retry_policy=LimitAttempt(2))
+    def stumble(task: Any) -> None:
+        if task.attempts == 0:
+            raise ValueError("not yet")
+
+    @bq.processor()
+    def fail() -> None:
+        raise ValueError("no good")
+
+    app = make_app(db, bq, BQ_SUCCESS_EVENTS=events)
+    with app.app_context():
+        for number in range(3):
+            note.enqueue(number=number)
+        for processor in (write, write, park, stumble, fail):
+            processor.enqueue()
+        orphan = note.run(number=4)
+        orphan.state = "PROCESSING"
+        db.session.add(orphan)
+        db.session.commit()
+    with caplog.at_level("INFO", "flask_beanqueue"):
+        bq.process_tasks(app=app, burst=True)
+    assert "has stopped: 8 tasks done, 1 failed, 1 to be tried again" in caplog.text
