@@ -19,6 +19,7 @@ import sqlalchemy as sa
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
+from example_app.models import db as example
 from flask_beanqueue import Config
 from flask_beanqueue.cli import bq_cli
 from flask_beanqueue.config import OF_BEANQUEUE
@@ -269,3 +270,21 @@ def test_links_lead_somewhere() -> None:
     for source in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for link in re.findall(r"\]\(([^)]+)\)", source.read_text()):
             assert link.startswith("https://") or (source.parent / link).exists(), link
+
+
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *DOCS], ids=lambda path: path.name)
+def test_whoever_refers_to_tasks_is_shown_an_index(path: Path) -> None:
+    shown = re.findall(r'ForeignKey\("bq_tasks\.id"[^`\n]*', path.read_text())
+    assert all("index=True" in each for each in shown)
+    assert shown or path.name != "README.md"
+
+
+def test_the_example_app_has_an_index_wherever_it_refers_to_rows() -> None:
+    """A unique value has one, too."""
+    tables = [each for each in example.metadata.sorted_tables if not each.name.startswith("bq_")]
+    keys = [key for table in tables for key in table.foreign_keys]
+    assert "bq_tasks.id" in {key.target_fullname for key in keys}
+    assert all(key.parent.index or key.parent.unique for key in keys)
