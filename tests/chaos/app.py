@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
+import datetime
 import functools
 import os
+import re
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.orm import Session
 
-from flask_beanqueue import BeanQueue
+from flask_beanqueue import BeanQueue, DelayRetry
 
 db = SQLAlchemy()
 bq = BeanQueue(db=db)
@@ -64,6 +68,33 @@ def ship(db: Session, number: int) -> None:
 def send(number: int) -> None:
     take_time()
     post(number)
+
+
+# What some trials have done beside the sales.
+
+
+@bq.processor(channel="chaos")
+def backtrack() -> None:
+    """Match for longer than there is time, and let no other thread have a turn."""
+    re.match(r"(a+)+$", "a" * 200 + "b")
+
+
+@bq.processor(channel="chaos")
+def sleep_in_c() -> None:
+    """Call a C function that keeps Python's lock, as a careless extension does."""
+    ctypes.PyDLL(None).sleep(600)
+
+
+@bq.processor(channel="chaos")
+def measure(value: str) -> int:
+    return len(value)
+
+
+@bq.processor(channel="chaos", retry_policy=DelayRetry(datetime.timedelta(seconds=1)))
+def stumble(task: Any) -> None:
+    """Fail at the first attempt."""
+    if task.attempts == 0:
+        raise ValueError
 
 
 def processor(number: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import io
 import os
 import signal
 import socket
@@ -28,6 +29,11 @@ from .trial import Place, Scenario, Trial
 
 SCENARIOS: dict[str, Scenario] = {}
 
+#: Bytes of addresses that a worker may use, and by how many its memory may grow.
+ADDRESS_SPACE, MOST_MEMORY = 700 * 2**20, 100 * 2**20
+#: Tasks that fail while no NOTIFY can be sent.
+STUMBLING = 50
+
 
 class NotHere(Exception):
     """A scenario needs what this machine does not have."""
@@ -42,6 +48,14 @@ def plain(*settings: str) -> Iterator[Place]:
     """A PostgreSQL by its socket."""
     with postgres.running(settings=settings) as server:
         yield Place(server, server.url, server.url, dsn(server.url))
+
+
+@contextlib.contextmanager
+def narrow() -> Iterator[Place]:
+    """Workers have address space for what they are, and for some hundred megabytes more."""
+    with plain() as place:
+        place.prefix = "sh", "-c", f'ulimit -v {ADDRESS_SPACE // 1024}; exec "$0" "$@"'
+        yield place
 
 
 def scenario(name: str, place: Any = plain, **options: Any) -> Callable[[Any], Any]:
@@ -186,6 +200,78 @@ def use_up_connections(trial: Trial) -> None:
                 trial.fault("too many clients" in str(error))
 
 
+@scenario("a database that is read-only for four seconds, twice")
+def allow_no_writes(trial: Trial) -> None:
+    """Each transaction that begins meanwhile may only read."""
+    for _ in trial.every(3, 2):
+        with contextlib.ExitStack() as undoing:
+            undoing.callback(trial.execute, "SELECT pg_reload_conf()")
+            undoing.callback(trial.execute, "ALTER SYSTEM RESET default_transaction_read_only")
+            trial.execute("ALTER SYSTEM SET default_transaction_read_only = on")
+            trial.execute("SELECT pg_reload_conf()")
+            time.sleep(4)
+            lately = "SELECT FROM shipment WHERE at > now() - interval '2 seconds'"
+            trial.fault(trial.execute(lately) == 0)
+
+
+@scenario("a NOTIFY queue that is full", lambda: plain("max_notify_queue_pages=64"))
+def fill_notify_queue(trial: Trial) -> None:
+    """Twice. Tasks fail meanwhile, and are to be tried again: of each, one NOTIFY is refused. So
+    are sales, as documented."""
+    stumbling = "SELECT count(*) FROM bq_tasks WHERE func_name = 'stumble'"
+    for _ in trial.every(2, 2):
+        refused = len(trial.ledger.refused)
+        with contextlib.ExitStack() as open_connections:
+            lazy = psycopg2.connect(trial.place.dsn)
+            open_connections.callback(lazy.close)
+            lazy.cursor().execute("LISTEN filled")
+            lazy.commit()
+            lazy.cursor().execute("SELECT")  # in a transaction, so it takes no notifications
+            with cursor(trial.place.dsn) as database, contextlib.suppress(psycopg2.Error):
+                while True:
+                    database.execute("SELECT pg_notify('filled', repeat('x', 7900) || random())")
+            trial.add("stumble", STUMBLING)
+            trial.sees(lambda: trial.ask(f"{stumbling} AND attempts = 0") == 0)
+            full = trial.ask("SELECT pg_notification_queue_usage() > 0.9")
+            trial.fault(full and len(trial.ledger.refused) > refused)
+        # To ask for it also takes out what everybody has read.
+        trial.sees(lambda: trial.ask("SELECT pg_notification_queue_usage()") < 0.1)
+    noted = trial.ask("SELECT count(*) FROM bq_events WHERE type = 'RETRIED'")
+    if noted != (count := trial.ask(stumbling)):
+        trial.broken.append(f"{noted} retries noted of {count}")
+
+
+@scenario("a copy of the database on the same server")
+def copy_database(trial: Trial) -> None:
+    """As staging gets it from production, with a worker, to which the original's look dead. Nothing
+    of the original may be interrupted."""
+    here = trial.ledger.folder / "copy"
+    here.mkdir()
+    with postgres.database(trial.server.url) as url:
+        system = type(trial.system)(url)
+        system.create()
+        system.close()
+        with cursor(trial.place.dsn) as original, cursor(dsn(url)) as copy:
+            for table, which in {"bq_workers": "true", "bq_tasks": "state = 'PROCESSING'"}.items():
+                rows = io.BytesIO()
+                original.copy_expert(f"COPY (SELECT * FROM {table} WHERE {which}) TO STDOUT", rows)
+                rows.seek(0)
+                copy.copy_expert(f"COPY {table} FROM STDIN", rows)
+        worker = trial.start(0, DATABASE_URL=url, CHAOS_FOLDER=str(here))
+        try:
+            trial.sees(lambda: trial.system.dead(dsn(url)) == len(trial.workers))
+            trial.fault(trial.system.dead(dsn(url)), of=len(trial.workers))
+            time.sleep(4 if trial.hasty else 15)  # it looks again after each timeout
+            if code := worker.stop():
+                trial.broken.append(f"the copy's worker left with {code}")
+        finally:
+            worker.clean_up()
+    if interrupted := trial.ask("SELECT count(*) FROM bq_tasks WHERE interruptions > 0"):
+        trial.broken.append(f"{interrupted} tasks of the original were interrupted")
+    if failures := sum(worker.output.count("The database fails") for worker in trial.workers):
+        trial.broken.append(f"workers of the original lost their connections: {failures}")
+
+
 # The workers.
 
 
@@ -240,6 +326,54 @@ def fail_at_points(trial: Trial) -> None:
     killed = by_point()
     trial.fault(killed.total())
     trial.remarks += [", ".join(f"{count} at {point}" for point, count in killed.items())]
+
+
+def hang(trial: Trial, func_name: str) -> None:
+    """Have a task done that hangs its process, and see it FAILED in the end. Then its row goes from
+    the books; there, it would count as unfinished."""
+    trial.add(func_name)
+    failed = f"func_name = '{func_name}' AND state = 'FAILED' AND crashes = 3 AND attempts = 0"
+    trial.sees(lambda: trial.ask(f"SELECT count(*) FROM bq_tasks WHERE {failed}") == 1)
+    trial.execute(f"DELETE FROM bq_tasks WHERE {failed}")
+    # The watchdog says where, and the parent that it has ended a process.
+    said, there = trial.workers[0].output, f" in {func_name}\n"
+    trial.fault(min(said.count(there), said.count("a new one takes its place")), of=3)
+
+
+@scenario("a task hangs its process, in a regular expression", workers=1, processes=2)
+def hang_in_python(trial: Trial) -> None:
+    hang(trial, "backtrack")
+
+
+@scenario("a task hangs its process, in a C function", workers=1, processes=2)
+def hang_in_c(trial: Trial) -> None:
+    hang(trial, "sleep_in_c")
+
+
+@scenario("claims of large arguments under a memory limit", narrow)
+def claim_much(trial: Trial) -> None:
+    """Some hundred tasks have a megabyte of arguments each, and take no time."""
+    import psutil
+
+    def memory() -> int:
+        return max(psutil.Process(worker.pid).memory_info().rss for worker in trial.workers)
+
+    before = most = memory()
+    count = 200 if trial.hasty else 600
+    trial.add("measure", count, "jsonb_build_object('value', repeat('x', 1000000))")
+
+    def are_done() -> bool:
+        nonlocal most
+        most = max(most, memory())
+        done = "SELECT count(*) FROM bq_tasks WHERE func_name = 'measure' AND state = 'DONE'"
+        return bool(trial.ask(done) == count)
+
+    trial.sees(are_done)
+    started = "SELECT count(*) FROM bq_tasks WHERE func_name = 'measure' AND claims > 0"
+    trial.fault(trial.ask(started), of=count)
+    if most - before > MOST_MEMORY:
+        trial.broken.append(f"a worker's memory has grown by more than {MOST_MEMORY >> 20} MB")
+    trial.remarks.append(f"at most {most >> 20} MB of memory, {before >> 20} before")
 
 
 def freeze_worker(trial: Trial, number: int) -> None:
@@ -328,8 +462,13 @@ def kill_worker_with_another_clock(trial: Trial) -> None:
 )
 def be_busy(trial: Trial) -> None:
     """Eight processes for each core compute, for longer than the heartbeat timeout, which is the
-    default here. No worker may be declared dead."""
-    number = 8 * (os.cpu_count() or 1)
+    default here. No worker may be declared dead, or end by itself.
+
+    ``CHAOS_BUSY_EACH`` has more processes for each core, ``CHAOS_BUSY_MINUTES`` lets it last."""
+    number = int(os.environ.get("CHAOS_BUSY_EACH", "8")) * (os.cpu_count() or 1)
+    seconds = 10.0 if trial.hasty else 40.0
+    if minutes := os.environ.get("CHAOS_BUSY_MINUTES"):
+        seconds = 60 * float(minutes)
     burn = "while True: sum(range(1000))"
     silence = 0.0
     processes = []
@@ -339,7 +478,7 @@ def be_busy(trial: Trial) -> None:
             processes.append(process)
             burning.callback(process.wait)
             burning.callback(process.kill)
-        until = time.monotonic() + (10 if trial.hasty else 40)
+        until = time.monotonic() + seconds
         while time.monotonic() < until:
             database.execute(
                 "SELECT date_part('epoch', now() - min(last_heartbeat)) FROM bq_workers"

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import psycopg2
 
@@ -69,6 +70,12 @@ class Scenario:
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
+class Start(Protocol):
+    """Starts a worker, given its number and settings of its own."""
+
+    def __call__(self, number: int, **own: str) -> Process: ...
+
+
 class Trial:
     """What a scenario has in its hands."""
 
@@ -78,9 +85,12 @@ class Trial:
         system: systems.System,
         ledger: Ledger,
         watch: Watch,
+        start: Start,
         *,
         hasty: bool = False,
     ) -> None:
+        #: Starts another worker, which nobody watches over.
+        self.start = start
         self.place = place
         self.system = system
         self.ledger = ledger
@@ -127,6 +137,24 @@ class Trial:
             database.execute(statement)
             return int(database.rowcount)
 
+    def ask(self, query: str) -> Any:
+        """The one value that a query comes to, past all faults."""
+        with cursor(self.place.dsn) as database:
+            database.execute(query)
+            [(value,)] = database
+            return value
+
+    def add(self, func_name: str, count: int = 1, kwargs: str = "'{}'") -> None:
+        """Let tasks beside the sales be done before them.
+
+        :param kwargs: their arguments, as SQL.
+        """
+        self.execute(
+            "INSERT INTO bq_tasks (channel, module, func_name, kwargs, priority)"
+            f" SELECT 'chaos', 'tests.chaos.app', '{func_name}', {kwargs}, -1"
+            f" FROM generate_series(1, {count})"
+        )
+
     def wait_for_next(self, number: int, before: Process) -> Process:
         """Wait until another worker has taken one's place."""
         wait_until(lambda: self.workers[number] is not before, "the next worker", self.watch)
@@ -154,7 +182,7 @@ def conduct(scenario: Scenario, system_name: str, *, hasty: bool = False) -> Ver
         stack.callback(shop.close)
         shop.open()
 
-        def start(number: int) -> Process:
+        def start(number: int, **own: str) -> Process:
             env = {
                 "DATABASE_URL": place.worker_url,
                 "CHAOS_FOLDER": str(folder),
@@ -163,6 +191,7 @@ def conduct(scenario: Scenario, system_name: str, *, hasty: bool = False) -> Ver
                 **place.env,
                 **(place.each_env[number] if place.each_env else {}),
                 **scenario.env,
+                **own,
             }
             return system.start(env, *place.prefix, processes=scenario.processes)
 
@@ -172,7 +201,7 @@ def conduct(scenario: Scenario, system_name: str, *, hasty: bool = False) -> Ver
         time.sleep(STEADY)
         began = time.time()
         time.sleep(BEFORE)
-        trial = Trial(place, system, ledger, watch, hasty=hasty)
+        trial = Trial(place, system, ledger, watch, start, hasty=hasty)
         fault_at = time.time()
         scenario.inject(trial)
         over = time.time()

@@ -11,6 +11,8 @@ from ..processes import Process
 
 #: Seconds after which a worker that has ended is started again.
 RESTART_AFTER = 0.1
+#: Seconds that workers have to leave.
+LEAVES_WITHIN = 60.0
 
 
 class Watch:
@@ -54,7 +56,7 @@ class Watch:
         codes = []
         for worker in self.workers:
             try:
-                codes.append(worker.wait(60))
+                codes.append(worker.wait(LEAVES_WITHIN))
             except AssertionError:
                 codes.append(-signal.SIGKILL)
             worker.clean_up()
