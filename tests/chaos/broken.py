@@ -48,7 +48,7 @@ def without_datname() -> None:
     """The connections of a worker are looked for in all databases of the server."""
     terminate = Queries.terminate
 
-    def terminate_everywhere(self: Queries, connection: Any) -> int:
+    def terminate_everywhere(self: Queries, connection: Any) -> set[str]:
         here = "AND backend.datname = current_database()"
         self._terminate = sa.text(self._terminate.text.replace(here, ""))
         return terminate(self, connection)
