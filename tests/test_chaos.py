@@ -71,28 +71,36 @@ def test_without_the_outcomes_of_plain_tasks_a_trial_finds_them_unfinished(
     assert verdict.unfinished > 0
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """What is not there soon does not come, and how it was before is not asked for long."""
+    monkeypatch.setattr(trial, "PATIENCE", 10.0)
+    monkeypatch.setattr(trial, "BEFORE", 2.0)
+    return monkeypatch
+
+
 def test_without_the_watchdog_a_trial_finds_tasks_unfinished(
-    monkeypatch: pytest.MonkeyPatch,
+    impatient: pytest.MonkeyPatch,
 ) -> None:
     """No process is left that works."""
-    monkeypatch.setattr(trial, "PATIENCE", 10.0)
-    monkeypatch.setattr(watch, "LEAVES_WITHIN", 3.0)
+    impatient.setattr(watch, "LEAVES_WITHIN", 3.0)
     verdict = conduct("a task hangs its process, in a C function", BQ_WATCHDOG="false")
     assert verdict.unfinished > 100
     assert verdict.recovery is None
     assert verdict.faults == 0
 
 
-def test_where_a_copys_worker_ends_connections_of_the_original_a_trial_finds_it() -> None:
+def test_where_a_copys_worker_ends_connections_of_the_original_a_trial_finds_it(
+    impatient: pytest.MonkeyPatch,
+) -> None:
     verdict = conduct("a copy of the database on the same server", CHAOS_WITHOUT="datname")
     assert verdict.faults == 2
     assert any("of the original" in each for each in verdict.broken), verdict.broken
 
 
 def test_where_only_lost_connections_are_passing_trouble_a_trial_finds_tasks_unfinished(
-    monkeypatch: pytest.MonkeyPatch,
+    impatient: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(trial, "PATIENCE", 10.0)
     name = "a database that is read-only for four seconds, twice"
     verdict = conduct(name, CHAOS_WITHOUT="passing")
     assert verdict.unfinished > 0
@@ -100,18 +108,16 @@ def test_where_only_lost_connections_are_passing_trouble_a_trial_finds_tasks_unf
 
 
 def test_where_large_arguments_are_claimed_at_once_a_trial_finds_tasks_unfinished(
-    monkeypatch: pytest.MonkeyPatch,
+    impatient: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(trial, "PATIENCE", 10.0)
     name = "claims of large arguments under a memory limit"
     verdict = conduct(name, CHAOS_WITHOUT="halving", BQ_CLAIM_BYTES="2100000000")
     assert verdict.unfinished > 0
 
 
 def test_where_no_outcome_goes_without_its_notify_a_trial_finds_tasks_unfinished(
-    monkeypatch: pytest.MonkeyPatch,
+    impatient: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(trial, "PATIENCE", 10.0)
     verdict = conduct("a NOTIFY queue that is full", CHAOS_WITHOUT="silence")
     assert verdict.unfinished > 0
     assert any("tasks are FAILED" in each for each in verdict.remarks)

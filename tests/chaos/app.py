@@ -7,6 +7,7 @@ import datetime
 import functools
 import os
 import re
+import resource
 import threading
 import time
 from pathlib import Path
@@ -102,12 +103,21 @@ def processor(number: int) -> str:
     return "send" if number % POSTED == 0 else "ship"
 
 
+def limit_memory(room: int) -> None:
+    """Let the process's address space grow by so many bytes from now on."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + room
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
 def create_app(url: str | None = None) -> Flask:
     app = Flask(__name__)
     app.config["SQLALCHEMY_DATABASE_URI"] = url or os.environ["DATABASE_URL"]
     app.config.from_prefixed_env()
     db.init_app(app)
     bq.init_app(app)
+    if room := os.environ.get("CHAOS_ROOM"):
+        limit_memory(int(room))
     if safeguard := os.environ.get("CHAOS_WITHOUT"):
         from .broken import SAFEGUARDS
 

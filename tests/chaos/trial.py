@@ -27,6 +27,8 @@ PAUSE = 0.05
 STEADY, BEFORE = 2.0, 6.0
 #: Seconds after which nothing more is expected, neither the former rate nor the end of the tasks.
 PATIENCE = 60.0
+#: Seconds that workers have for their first hundred shipments.
+START = 60.0
 
 #: Ours: short enough for a suite that takes minutes, long enough for a busy machine.
 HEARTBEAT = {"BQ_WORKER_HEARTBEAT_PERIOD": "0.5", "BQ_WORKER_HEARTBEAT_TIMEOUT": "3"}
@@ -145,14 +147,15 @@ class Trial:
             return value
 
     def add(self, func_name: str, count: int = 1, kwargs: str = "'{}'") -> None:
-        """Let tasks beside the sales be done before them.
+        """Let tasks beside the sales be done before them, one after the other.
 
-        :param kwargs: their arguments, as SQL.
+        :param kwargs: their arguments, as SQL, in which ``number`` counts from 1.
         """
         self.execute(
-            "INSERT INTO bq_tasks (channel, module, func_name, kwargs, priority)"
-            f" SELECT 'chaos', 'tests.chaos.app', '{func_name}', {kwargs}, -1"
-            f" FROM generate_series(1, {count})"
+            "INSERT INTO bq_tasks (channel, module, func_name, kwargs, priority, scheduled_at)"
+            f" SELECT 'chaos', 'tests.chaos.app', '{func_name}', {kwargs}, -1,"
+            " now() + number * interval '1 microsecond'"
+            f" FROM generate_series(1, {count}) AS number"
         )
 
     def wait_for_next(self, number: int, before: Process) -> Process:
@@ -197,7 +200,7 @@ def conduct(scenario: Scenario, system_name: str, *, hasty: bool = False) -> Ver
 
         watch = Watch(start, scenario.workers)
         stack.callback(watch.stop)
-        wait_until(lambda: len(ledger.times()) > 100, "the first shipments", watch)
+        wait_until(lambda: len(ledger.times()) > 100, "the first shipments", watch, START)
         time.sleep(STEADY)
         began = time.time()
         time.sleep(BEFORE)
@@ -248,8 +251,10 @@ def conduct(scenario: Scenario, system_name: str, *, hasty: bool = False) -> Ver
         )
 
 
-def wait_until(condition: Callable[[], bool], what: str, watch: Watch) -> None:
-    deadline = time.monotonic() + PATIENCE
+def wait_until(
+    condition: Callable[[], bool], what: str, watch: Watch, patience: float | None = None
+) -> None:
+    deadline = time.monotonic() + (PATIENCE if patience is None else patience)
     while time.monotonic() < deadline:
         with contextlib.suppress(psycopg2.Error):
             if condition():
