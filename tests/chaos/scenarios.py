@@ -254,6 +254,7 @@ def copy_database(trial: Trial) -> None:
                 copy.copy_expert(f"COPY {table} FROM STDIN", rows)
         worker = trial.start(0, DATABASE_URL=url, CHAOS_FOLDER=str(here))
         try:
+            worker.wait_line(READY)
             trial.sees(lambda: trial.system.dead(dsn(url)) == len(trial.workers))
             trial.fault(trial.system.dead(dsn(url)), of=len(trial.workers))
             time.sleep(4 if trial.hasty else 15)  # it looks again after each timeout
