@@ -52,11 +52,15 @@ def connect(engine: Engine) -> Connection:
         connection.execution_options(isolation_level="AUTOCOMMIT")
         connection.detach()
         raw = connection.connection.dbapi_connection
-        level, pid, encoding = connection.execute(
+        level, pid, encoding, _ = connection.execute(
             sa.text(
                 "SELECT current_setting('default_transaction_isolation'), pg_backend_pid(),"
-                " current_setting('server_encoding')"
-            )
+                " current_setting('server_encoding'),"
+                # An idle worker is no leftover. What is set behind a pooler would be others'.
+                " CASE pg_backend_pid() WHEN :pid"
+                " THEN set_config('idle_session_timeout', '0', false) END"
+            ),
+            {"pid": t.cast(t.Any, raw).info.backend_pid},
         ).one()
         if encoding == "SQL_ASCII":
             # The driver raises UnicodeDecodeError when it reads such a row, and the claim, which

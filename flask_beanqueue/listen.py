@@ -241,6 +241,7 @@ class Listener:
                 connection.autocommit = True
                 self._check(connection)
                 with connection.cursor() as cursor:
+                    cursor.execute("SET idle_session_timeout = 0")  # silence is no reason to end
                     for name in self._names:
                         quoted = name.replace('"', '""')
                         cursor.execute(f'LISTEN "{quoted}"')

@@ -16,7 +16,10 @@ from flask_beanqueue.connection import Line, connect, limits, named
 from flask_beanqueue.errors import TROUBLE, reason
 from flask_beanqueue.listen import Listener
 
+from .apps import faults
 from .conftest import MakeApp, parameters
+from .probe import Probe, query, wait_until
+from .processes import Processes
 
 
 @pytest.fixture
@@ -111,3 +114,33 @@ def test_the_end_of_a_connection_is_found_out_within_the_timeout(timeout: float)
     assert idle <= max(timeout, 4)
     assert 0 < each["tcp_user_timeout"] / 1000 <= timeout
     assert 2 <= each["connect_timeout"] <= max(timeout, 2)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--processes", "2"]], ids=["one", "processes"])
+def test_a_servers_idle_timeout_closes_none_of_the_queues_connections(
+    database_url: str,
+    probe: Probe,
+    processes: Processes,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", database_url)
+    with faults.context():
+        name = sa.make_url(database_url).database
+        query(database_url, f"ALTER DATABASE {name} SET idle_session_timeout = '200ms'")
+        heartbeat = {"BQ_WORKER_HEARTBEAT_PERIOD": 0.5, "BQ_WORKER_HEARTBEAT_TIMEOUT": 10}
+        worker = processes.worker(faults.__name__, *arguments, **heartbeat, BQ_POLL_TIMEOUT=3600)
+        probe.listen_states()
+        beats = "SELECT last_heartbeat FROM bq_workers"
+        for _ in range(3):  # as long as between two heartbeats
+            before = {*query(database_url, beats)}
+            wait_until(lambda before=before: not before & {*query(database_url, beats)})
+        query(
+            database_url,
+            "INSERT INTO bq_tasks (channel, module, func_name) VALUES ('faults', %s, 'nothing');"
+            " NOTIFY faults",
+            faults.__name__,
+        )
+        probe.wait("nothing DONE")
+        assert worker.stop() == 0
+    assert "WARNING" not in worker.output

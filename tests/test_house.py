@@ -113,7 +113,8 @@ def test_one_module_knows_of_a_current_app() -> None:
 TO_THE_CONNECTION = {
     "connection": {
         "SELECT current_setting('default_transaction_isolation'), pg_backend_pid(),"
-        " current_setting('server_encoding')"
+        " current_setting('server_encoding'), CASE pg_backend_pid() WHEN :pid THEN"
+        " set_config('idle_session_timeout', '0', false) END"
     },
     "listen": {"SELECT pg_backend_pid()"},
 }
