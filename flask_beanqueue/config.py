@@ -59,6 +59,7 @@ LIMITS = {
     "WORKER_HEARTBEAT_PERIOD": _PAUSE,
     "WORKER_HEARTBEAT_TIMEOUT": _PAUSE,
     "SHUTDOWN_TIMEOUT": _ALLOWANCE,
+    "STUCK_AFTER": _PAUSE,
     "UNKNOWN_GRACE": _ALLOWANCE,
 }
 
@@ -94,6 +95,8 @@ class Config:
     WATCHDOG: bool = True
     #: Time that running tasks have to end after SIGTERM.
     SHUTDOWN_TIMEOUT: float = 25.0
+    #: Time after which a worker that can begin no other task names those that it is at.
+    STUCK_AFTER: float = 600.0
     #: Crashes after which a task is FAILED.
     MAX_CRASHES: int = 3
     #: How long a task waits for a worker that knows its processor.

@@ -60,15 +60,15 @@ class Crew:
         self._added_in_all = 0
         #: How many outcomes, and how few waiting claims, are news.
         self._news_at, self._low = 1, 0
-        #: By thread, when its task began.
-        self._began: dict[int, float] = {}
+        #: When each claim began whose task runs.
+        self._began: dict[Claim, float] = {}
         #: Seconds that a task takes.
         self._mean: float | None = None
 
     def start(self) -> None:
         for number in range(self.size):
             name = f"beanqueue-{number}"
-            threading.Thread(target=self._run, args=(number,), name=name, daemon=True).start()
+            threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def dismiss(self) -> None:
         """Let each thread end with the task that it is at."""
@@ -97,6 +97,11 @@ class Crew:
     @property
     def running(self) -> int:
         return len(self._began)
+
+    @property
+    def began(self) -> dict[Claim, float]:
+        """The claims whose tasks run, each with when it began by the monotonic clock."""
+        return self._began.copy()
 
     @property
     def wanted(self) -> int:
@@ -138,15 +143,15 @@ class Crew:
             self._added.popleft()
         return time.monotonic() - self._added[0][0] if self._added else 0.0
 
-    def _run(self, number: int) -> None:
+    def _run(self) -> None:
         try:
-            while not self._take_turns(number):
+            while not self._take_turns():
                 pass
         except BaseException:  # of whatever kind: there is one thread less, and perhaps a claim
             self._on_loss()
             raise
 
-    def _take_turns(self, number: int) -> bool:
+    def _take_turns(self) -> bool:
         """Run tasks until dismissed, or until something is raised between them.
 
         The timeouts of some libraries raise in a thread from without, and may do so when the
@@ -162,12 +167,12 @@ class Crew:
             # raised when that has returned, and what it returned is gone. Nothing is raised
             # between an iterator's step and its variable.
             for claim in iter(self._ready.get, None):
-                began = self._began[number] = time.monotonic()
+                began = self._began[claim] = time.monotonic()
                 outcome = self._perform(claim)
                 ended = time.monotonic()
                 mean = ended - began if self._mean is None else self._mean
                 self._mean = mean + NEWEST * (ended - began - mean)
-                del self._began[number]
+                del self._began[claim]
                 if outcome is None:
                     self.through.append(claim)
                 else:
@@ -177,8 +182,8 @@ class Crew:
                     self._on_news()
             return True
         except BaseException as error:
-            begun = self._began.pop(number, None) is not None
             if claim is not None:
+                begun = self._began.pop(claim, None) is not None
                 if outcome is None and not claim.settled:
                     outcome = failed(claim, error) if begun else given_back(claim)
                 if outcome is None:

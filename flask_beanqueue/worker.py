@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import datetime
 import os
 import socket
 import sys
@@ -135,6 +136,9 @@ class Worker:
         self._take_over_at = 0.0
         #: Since it looked for their tasks last.
         self._more_dead = False
+        self._stuck_at = 0.0
+        #: Tasks that have been named as stuck.
+        self._stuck: t.AbstractSet[Claim] = set()
         #: Since there was anything to claim.
         self._taken_over = False
         self._stopping = False
@@ -316,6 +320,29 @@ class Worker:
         """What else is to be done, and when."""
         yield self._strays_at, self._give_back_strays
         yield self._take_over_at, self._take_over
+        yield self._stuck_at, self._name_the_stuck
+
+    def _name_the_stuck(self) -> None:
+        """Name what has run for long, if nothing else can begin because of it."""
+        now, after = time.monotonic(), self.config.STUCK_AFTER
+        began = self._crew.began
+        newest = max(began.values(), default=now)
+        if newest + after > now:
+            self._stuck_at = newest + after
+            return
+        self._stuck_at = now + after
+        if len(began) < self.concurrency and not self._occupied:
+            return
+        for claim in began.keys() - self._stuck:
+            since = datetime.datetime.now() - datetime.timedelta(seconds=now - began[claim])
+            log.warning(
+                "%s has run since %s, and worker %s begins no other task until one of its own ends",
+                claim.label,
+                since.isoformat(" ", "seconds"),
+                self.name,
+                extra=claim.log_extra(),
+            )
+        self._stuck = began.keys()
 
     def _is_through(self) -> bool:
         """Whether a burst has done what is due, also what dead workers left behind."""

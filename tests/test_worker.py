@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -1351,3 +1353,100 @@ def test_a_worker_says_at_its_end_how_many_tasks_it_did(
     with caplog.at_level("INFO", "flask_beanqueue"):
         bq.process_tasks(app=app, burst=True)
     assert "has stopped: 8 tasks done, 1 failed, 1 to be tried again" in caplog.text
+
+
+@pytest.fixture
+def hold(bq: BeanQueue, log: Log) -> Callable[[int], threading.Event]:
+    """Make a task that is stuck until an event comes, and answer that."""
+    events: dict[int, threading.Event] = {}
+
+    @bq.processor()
+    def hold(number: int) -> None:
+        log.add(number)
+        assert events[number].wait(60)
+
+    def make(number: int, **columns: Any) -> threading.Event:
+        events[number] = threading.Event()
+        task = hold.run(number=number)
+        for name, value in columns.items():
+            setattr(task, name, value)
+        bq.db.session.add(task)
+        bq.db.session.commit()
+        return events[number]
+
+    return make
+
+
+Hold = Callable[..., threading.Event]
+
+
+def named(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The tasks that were named as stuck."""
+    pattern = r"test_worker\.hold (\S+) has run since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d, and worker "
+    return re.findall(pattern, caplog.text)
+
+
+def test_a_worker_whose_threads_are_all_stuck_names_each_task_once(
+    make_app: MakeApp, db: SQLAlchemy, bq: BeanQueue, hold: Hold, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = make_app(db, bq, BQ_STUCK_AFTER=0.2)
+    with app.app_context(), running(app, bq, "default", concurrency=2):
+        first, second = hold(1), hold(2)
+        wait_until(lambda: len(named(caplog)) == 2)
+        first.set()
+        third = hold(3)
+        wait_until(lambda: len(named(caplog)) == 3)
+        for event in (second, third):
+            event.set()
+        ids = [str(id) for id in db.session.scalars(sa.select(bq.Task.id).order_by(bq.Task.id))]
+    assert sorted(named(caplog)[:2]) == ids[:2]
+    assert named(caplog)[2] == ids[2]
+
+
+def test_a_task_that_runs_alone_and_is_stuck_is_named(
+    make_app: MakeApp, db: SQLAlchemy, bq: BeanQueue, hold: Hold, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its worker has free threads, and nothing for them."""
+    app = make_app(db, bq, BQ_STUCK_AFTER=0.2)
+    with app.app_context(), running(app, bq, "default", concurrency=2):
+        alone = hold(1, crashes=1)
+        wait_until(lambda: named(caplog))
+        alone.set()
+
+
+def test_a_worker_that_has_a_thread_left_says_nothing_of_long_tasks(
+    make_app: MakeApp,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    hold: Hold,
+    note: Any,
+    log: Log,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    app = make_app(db, bq, BQ_STUCK_AFTER=0.2)
+    with app.app_context(), running(app, bq, "default", concurrency=2):
+        long = hold(1)
+        log.wait(1)
+        note.using(delay=datetime.timedelta(seconds=0.5)).enqueue(number=2)
+        db.session.commit()
+        log.wait(2)
+        long.set()
+    assert not named(caplog)
+
+
+def test_the_page_on_deployment_finds_tasks_that_are_stuck(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, database_url: str
+) -> None:
+    page = (Path(__file__).parent.parent / "docs/deployment.md").read_text()
+    [sql] = [each for each in re.findall(r"```sql\n(.*?)```", page, re.S) if "10 minutes" in each]
+    with app.app_context():
+        for number, minutes in enumerate((1, 20)):
+            task = note.run(number=number)
+            task.state = "PROCESSING"
+            task.started_at = sa.func.now() - datetime.timedelta(minutes=minutes)
+            db.session.add(task)
+        parked = note.run(number=3)
+        parked.state, parked.parked, parked.started_at = "PROCESSING", True, task.started_at
+        db.session.add(parked)
+        db.session.commit()
+        assert [row[0] for row in query(database_url, sql)] == [str(task.id)]
