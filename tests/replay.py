@@ -120,8 +120,8 @@ class Unanswered:
     def scalars(self, statement: Any, parameters: Any) -> Any:
         return self.execute(statement, parameters).scalars()
 
-    def get_execution_options(self) -> Any:
-        return self._connection.get_execution_options()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
 
 
 class Worker:

@@ -326,7 +326,7 @@ def test_a_task_of_a_derived_class_notifies_as_any_other(
 
     with app.app_context():
         for kind in (MailTask, LateMailTask):
-            task = kind(module="m", func_name="f", channel="mails", state="DONE")
+            task = kind(module="m", func_name="f", channel="mails", state="FAILED")
             db.session.add(task)
             db.session.add(kind(module="m", func_name="f", channel="images"))
             db.session.commit()
