@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import typing as t
 import uuid
 import weakref
@@ -181,6 +182,12 @@ def listen_states(queue: Queue) -> None:
     sa.event.listen(queue.Task, "before_update", before_update, propagate=True)
 
 
+#: What makes the sessions that are watched. (SQLAlchemy knows listeners by the id of what they
+#: listen to, which another object may have when that is gone.)
+_watched: weakref.WeakSet[t.Any] = weakref.WeakSet()
+_watching = threading.Lock()
+
+
 def watch(queue: Queue) -> t.Any:
     """Watch what processors do with the sessions of ``db.session``, and return it. It is watched
     where it is used, for the app may exchange it at any time.
@@ -196,9 +203,11 @@ def watch(queue: Queue) -> t.Any:
             f"The queue cannot watch what a processor commits in {sessions!r}, which is in the"
             " place of db.session: write db.session = scoped_session(sessionmaker(…))."
         )
-    for listener in (after_begin, before_commit, after_commit):
-        if not sa.event.contains(sessions, listener.__name__, listener):
-            sa.event.listen(sessions, listener.__name__, listener)
+    with _watching:
+        if factory not in _watched:
+            for listener in (after_begin, before_commit, after_commit):
+                sa.event.listen(sessions, listener.__name__, listener)
+            _watched.add(factory)
     queue.watched = sessions
     return sessions
 

@@ -29,7 +29,7 @@ from . import postgres
 from .apps import faults
 from .conftest import MakeApp
 from .probe import Probe, query, wait_until
-from .processes import Process, Processes
+from .processes import READY, Process, Processes
 from .triggers import trigger
 
 Invoke = Callable[..., Result]
@@ -1169,7 +1169,7 @@ def test_code_that_cannot_be_loaded_is_waited_for(reloaded: Reloaded) -> None:
     worker.wait_line("it starts again when code changes")
     reloaded.write("the third")
     worker.wait_line("this is the third")
-    worker.wait_line("flask_beanqueue", times=2)
+    worker.wait_line(READY, times=2)
     reloaded.write("the fourth", "and this is no code")
     worker.wait_line("it starts again when code changes", times=2)
     assert worker.stop() != 0

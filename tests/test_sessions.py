@@ -24,6 +24,7 @@ from flask_beanqueue import (
     WorkerModelMixin,
     WorkerRefMixin,
     current_task,
+    fence,
 )
 
 from . import postgres
@@ -701,3 +702,13 @@ def test_a_task_whose_transaction_cannot_be_prepared_fails(
     [(state, error)] = query(database_url, "SELECT state, error_message FROM bq_tasks")
     assert state == "FAILED"
     assert "prepared transaction" in error
+
+
+def test_a_session_is_watched_that_lies_where_another_was(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue
+) -> None:
+    for _ in range(300):
+        db.session = db._make_scoped_session({})
+        fence.watch(bq)
+        with app.app_context():
+            assert fence.before_commit in db.session().dispatch.before_commit
