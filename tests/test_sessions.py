@@ -701,7 +701,8 @@ def test_a_task_whose_transaction_cannot_be_prepared_fails(
     bq.process_tasks(app=app, burst=True)
     [(state, error)] = query(database_url, "SELECT state, error_message FROM bq_tasks")
     assert state == "FAILED"
-    assert "prepared transaction" in error
+    # The second is how an early SQLAlchemy 2.0 goes on after the first.
+    assert "prepared transaction" in error or "IllegalStateChangeError" in error
 
 
 def test_a_session_is_watched_that_lies_where_another_was(
