@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,8 @@ from .stage import End
 # A machine under load may be slow at any time.
 settings.register_profile("tests", deadline=None)
 settings.load_profile("tests")
+# Under nohup, what the tests start would outlive its terminal.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

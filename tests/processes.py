@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -122,11 +123,10 @@ class Process:
         return self.wait()
 
     def clean_up(self) -> None:
-        if self._process.poll() is None:
-            os.killpg(self.pid, signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):  # what it has started may outlive it
             os.killpg(self.pid, signal.SIGKILL)
-            self._process.wait()
-        self._reader.join(10)
+        self._process.wait()
+        self._reader.join()
         assert self._process.stdout is not None
         self._process.stdout.close()
 

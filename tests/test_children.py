@@ -29,6 +29,8 @@ with_each_worker = pytest.mark.parametrize(
 @pytest.fixture
 def children_app(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Flask]:
     monkeypatch.setenv("DATABASE_URL", database_url)
+    # It handles SIGTERM in what is forked, and may wait there for a lock that nobody holds.
+    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
     app = children.create_app()
     with app.app_context():
         children.db.create_all()
