@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import threading
 import typing as t
 import uuid
@@ -25,7 +26,7 @@ from .notify import listen_events
 from .options import Options, check_channel, check_count, check_text
 from .processor import AnyProcessor, Decorator, Exceptions, Processor
 from .queue import Queue
-from .registry import Registry, import_packages
+from .registry import Origin, Registry, import_packages
 from .retry import RetryPolicy
 
 if t.TYPE_CHECKING:
@@ -221,7 +222,7 @@ class BeanQueue(Queue):
                 retry_exceptions=retry_exceptions,
                 auto_complete=auto_complete,
             )
-            self.registry.add(processor)
+            self.registry.add(processor, Origin.of(func, sys._getframe(1)))
             return processor
 
         return t.cast(Decorator, decorate)
