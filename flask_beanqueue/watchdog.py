@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import logging
-import os
 import sys
 import threading
 import typing as t
@@ -24,13 +23,12 @@ class Watchdog(threading.Thread):
     process was stopped for longer than the timeout (SIGSTOP, a frozen container), the end comes as
     soon as it goes on.
 
-    There is one such timer in a process, and so one watchdog.
+    There is one such timer in a process, and so one watchdog. What a task forks has none; it ends
+    with ``os._exit`` (``shutdown.leave``), and so does not wait for the timer's thread, as Python
+    does at its end.
 
     :param timeout: seconds without a turn.
     """
-
-    #: The one that runs in this process.
-    current: t.ClassVar[Watchdog | None] = None
 
     def __init__(self, timeout: float) -> None:
         super().__init__(name="beanqueue-watchdog", daemon=True)
@@ -38,14 +36,12 @@ class Watchdog(threading.Thread):
         self._stopped = threading.Event()
 
     def __enter__(self) -> None:
-        Watchdog.current = self
         self.arm()
         self.start()
 
     def __exit__(self, *error: object) -> None:
         self._stopped.set()
         self.join()
-        Watchdog.current = None
         faulthandler.cancel_dump_traceback_later()
 
     def run(self) -> None:
@@ -54,24 +50,6 @@ class Watchdog(threading.Thread):
 
     def arm(self) -> None:
         faulthandler.dump_traceback_later(self._timeout, file=log_file(), exit=True)
-
-
-def _before_fork() -> None:
-    # At its end, a child would wait for the timer's thread, which it does not have.
-    if Watchdog.current is not None:
-        faulthandler.cancel_dump_traceback_later()
-
-
-def _after_fork() -> None:
-    if Watchdog.current is not None:
-        Watchdog.current.arm()
-
-
-def _in_child() -> None:
-    Watchdog.current = None
-
-
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_in_child)
 
 
 def log_file() -> int:

