@@ -77,27 +77,26 @@ class Claim:
         return name if name.isprintable() else repr(name)
 
     @property
-    def kwargs(self) -> dict[str, t.Any]:
-        """The arguments.
-
-        :raises ValueError: if they are no JSON object that Python can read.
-        """
-        assert self.arguments is not None
-        try:
-            kwargs = json.loads(self.arguments)
-        except RecursionError:
-            raise ValueError("the task's kwargs are nested too deeply") from None
-        if not isinstance(kwargs, dict):
-            raise ValueError("the task's kwargs are no JSON object")
-        return kwargs
-
-    @property
     def label(self) -> str:
         """What log messages call it."""
         return f"{self.name} {self.key}"
 
     def log_extra(self) -> dict[str, str]:
         return {"task_id": self.key, "task_name": self.name, "task_channel": self.channel}
+
+
+def decode(arguments: str) -> dict[str, t.Any]:
+    """Decode a task's arguments.
+
+    :raises ValueError: if they are no JSON object that Python can read.
+    """
+    try:
+        kwargs = json.loads(arguments)
+    except RecursionError:
+        raise ValueError("the task's kwargs are nested too deeply") from None
+    if not isinstance(kwargs, dict):
+        raise ValueError("the task's kwargs are no JSON object")
+    return kwargs
 
 
 #: The claim whose processor runs in this context, or around it.

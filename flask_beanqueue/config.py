@@ -128,9 +128,9 @@ class Config:
 
     @property
     def largest_held(self) -> int:
-        """Bytes of arguments, or of a result, that a worker holds of each task: it claims up to
-        twice as many as it claims at once. The thread that runs a task reads, and writes, what is
-        larger."""
+        """The largest arguments, or result, that a worker holds for one task, in bytes: twice
+        BATCH_SIZE of them share CLAIM_BYTES. The thread that runs a task reads, and writes, what
+        is larger."""
         return self.CLAIM_BYTES // (2 * self.BATCH_SIZE)
 
     @property

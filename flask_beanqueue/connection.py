@@ -56,7 +56,8 @@ def connect(engine: Engine) -> Connection:
             sa.text(
                 "SELECT current_setting('default_transaction_isolation'), pg_backend_pid(),"
                 " current_setting('server_encoding'),"
-                # An idle worker is no leftover. What is set behind a pooler would be others'.
+                # Idle timeouts must not end it. Behind a pooler, the setting would stay on a
+                # connection that others use.
                 " CASE pg_backend_pid() WHEN :pid"
                 " THEN set_config('idle_session_timeout', '0', false) END"
             ),

@@ -21,7 +21,9 @@ PASSING = ("08", "25", "40", "53", "57P", "58", "F0")
 #: meets them in its completion, which is the queue's. Others may come of what the task does.
 PASSING_IN_TASKS = ("08", "25006", "53", "57P", "58", "F0")
 PASSING_IN_COMPLETIONS = ("40", "54000")
-#: A transaction may only read: as any does at present, or since the task wanted it to.
+#: A letter cannot be converted into the database's encoding, or out of the client's.
+LETTERS = ("22P05", "22021")
+#: A transaction may only read.
 READ_ONLY = "25006"
 #: A transaction has failed, and is gone on with.
 FAILED_TRANSACTION = "25P02"
@@ -93,6 +95,16 @@ def may_be_of_values(error: sa.exc.DBAPIError) -> bool:
 def is_timeout(error: sa.exc.DBAPIError) -> bool:
     """Whether it took too long, which is no fault of what was given."""
     return sqlstate(error) in TIMEOUTS
+
+
+def is_of_letters(error: sa.exc.DBAPIError) -> bool:
+    """Whether a text has a letter that the database's encoding lacks."""
+    return sqlstate(error) in LETTERS
+
+
+def is_read_only(error: t.Any) -> bool:
+    """Whether an error of the driver's says that the transaction may only read."""
+    return sqlstate_of(error) == READ_ONLY
 
 
 def is_of_failed(error: BaseException) -> bool:

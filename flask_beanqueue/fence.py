@@ -36,7 +36,7 @@ _begun: weakref.WeakKeyDictionary[Connection, weakref.ref[SessionTransaction]] =
 
 
 class TaskStateError(RuntimeError):
-    """A task cannot be ended from outside, or be given another state, for what its state is.
+    """The task's present state does not allow what was asked: to end it, or another state.
 
     :ivar state: the task's state. ``PENDING`` or ``PROCESSING``: it is too early, for its processor
         has not returned; try again later. Another: the task has ended, perhaps by the same call

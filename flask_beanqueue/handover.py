@@ -71,7 +71,7 @@ def check_autocommit(connection: Connection) -> None:
 
 
 def check_open(session: Session) -> None:
-    """Refuse to enqueue a task in a transaction that commits no more.
+    """Refuse to enqueue a task in a transaction that can no longer commit.
 
     :raises RuntimeError: if that is so.
     """

@@ -166,7 +166,7 @@ class TaskModelMixin(_Keyed):
     crashes: Mapped[int] = mapped_column(
         sa.Integer, default=0, server_default=sa.text("0"), nullable=False
     )
-    #: How often it lost its database connection.
+    #: How often trouble of the database interrupted it.
     interruptions: Mapped[int] = mapped_column(
         sa.Integer, default=0, server_default=sa.text("0"), nullable=False
     )

@@ -10,13 +10,14 @@ import traceback
 import types
 import typing as t
 
+import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from . import signals
 from .arguments import to_json
 from .claim import Claim
 from .connection import codec_of
-from .errors import clear_frames, is_interruption, text_of
+from .errors import clear_frames, is_interruption, is_of_letters, text_of
 from .listen import notify_name
 from .log import log
 from .models import DONE, FAILED, PENDING, PROCESSING, uuid7
@@ -33,7 +34,7 @@ INTERRUPTION_DELAY = 1.0
 LONGEST_INTERRUPTION_DELAY = 300.0
 #: Interruptions after which that is taken for the task's own doing.
 MAX_INTERRUPTIONS = 20
-#: How many of them are followed by no pause if other tasks went through the same.
+#: Interruptions that are retried almost at once if other tasks were interrupted, too.
 SHARED_INTERRUPTIONS = 10
 #: Characters of an error message and of a traceback that are kept.
 MESSAGE_LENGTH = 2_000
@@ -206,7 +207,7 @@ def failed(
 
 
 def interrupted(claim: Claim, error: BaseException, *, alone: bool) -> Outcome:
-    """The database went away meanwhile, which is no failure: run the task again.
+    """The database was in trouble meanwhile, which is no failure: run the task again.
 
     :param alone: whether no other task of this worker met the same. Then it may be the task's own
         doing, and it waits ever longer.
@@ -214,12 +215,13 @@ def interrupted(claim: Claim, error: BaseException, *, alone: bool) -> Outcome:
     count = claim.interruptions + 1
     outcome = Outcome(claim, PENDING, "INTERRUPTED", interruptions=1)
     if count < MAX_INTERRUPTIONS:
-        message = f"The database went away ({count} of {MAX_INTERRUPTIONS} times)."
+        message = f"The database was in trouble ({count} of {MAX_INTERRUPTIONS} times)."
         exponent = claim.interruptions - (0 if alone else SHARED_INTERRUPTIONS)
         outcome.delay = min(INTERRUPTION_DELAY * 2**exponent, LONGEST_INTERRUPTION_DELAY)
     else:
         message = (
-            f"The database went away {count} times while this task ran. It will not be run again."
+            f"The database was in trouble {count} times while this task ran. It will not be run"
+            " again."
         )
         outcome.state, outcome.exception = FAILED, error
     outcome.error_message = f"{message} {describe(error)}"
@@ -261,9 +263,9 @@ def given_back(claim: Claim) -> Outcome:
     return Outcome(claim, PENDING, unknown=claim.unknown_for is not None)
 
 
-def fallbacks(outcome: Outcome, error: BaseException) -> t.Iterator[Outcome]:
+def fallbacks(outcome: Outcome, error: sa.exc.DBAPIError) -> t.Iterator[Outcome]:
     """What to write in place of an outcome that the database refuses, the best first."""
-    if outcome.has_letters:
+    if outcome.has_letters and is_of_letters(error):
         outcome = dataclasses.replace(outcome)
         outcome.spell("ascii")
         yield outcome

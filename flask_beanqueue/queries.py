@@ -61,9 +61,9 @@ class Queries:
         # own transaction, so no pooler is in their way, and they are part of the statement, so they
         # cost no round trip.
         self._names["patience"] = """patience AS MATERIALIZED (
-            SELECT CASE WHEN CAST(:lock_timeout AS text) IS NOT NULL
-                THEN set_config('lock_timeout', :lock_timeout, true)
-                    || set_config('plan_cache_mode', 'force_custom_plan', true) END
+            SELECT set_config('plan_cache_mode', 'force_custom_plan', true),
+                CASE WHEN CAST(:lock_timeout AS text) IS NOT NULL
+                    THEN set_config('lock_timeout', :lock_timeout, true) END
         )"""
         # The greatest integer, which raw SQL may have written. What is counted stays there; claims,
         # which must differ from each other, begin anew.
@@ -298,32 +298,21 @@ class Queries:
         """)
 
         # What a worker would not be told of by any error: rows that row-level security hides from
-        # it, and a relation in which ctid is no identity. Of the policies for a command, one that
-        # is permissive shows what any of them shows, and one that is restrictive may hide a row.
-        # What is not there is left to those who use it.
+        # it, and a relation in which ctid is no identity. What is not there is left to those who
+        # use it.
         self._obstacles = self._text("""
             SELECT needed.name, c.relkind = 'r' AS ordinary, quote_ident(current_user) AS role,
-                row_security_active(c.oid) AND EXISTS (
-                    SELECT FROM unnest(string_to_array(needed.commands, NULL)) AS used (command)
-                    LEFT JOIN LATERAL (
-                        SELECT p.polpermissive AS permissive,
-                            pg_get_expr(p.polqual, p.polrelid) AS shows,
-                            pg_get_expr(COALESCE(p.polwithcheck, p.polqual), p.polrelid) AS takes
-                        FROM pg_policy AS p
-                        WHERE p.polrelid = c.oid
-                          AND CAST(p.polcmd AS text) IN ('*', used.command)
-                          AND EXISTS (
-                            SELECT FROM unnest(p.polroles) AS held (role)
-                            WHERE CASE WHEN held.role = 0 THEN true
-                                ELSE pg_has_role(held.role, 'USAGE') END)
-                    ) AS policy ON true
-                    GROUP BY used.command
-                    HAVING bool_or(NOT policy.permissive) OR bool_or(
-                        policy.permissive AND policy.takes = 'true'
-                        AND (used.command = 'a' OR policy.shows = 'true')) IS NOT TRUE
+                row_security_active(c.oid) AND (
+                    SELECT bool_or(NOT p.polpermissive) OR bool_or(
+                        p.polpermissive AND p.polcmd = '*'
+                        AND pg_get_expr(p.polqual, p.polrelid) = 'true') IS NOT TRUE
+                    FROM pg_policy AS p
+                    WHERE p.polrelid = c.oid AND EXISTS (
+                        SELECT FROM unnest(p.polroles) AS held (role)
+                        WHERE CASE WHEN held.role = 0 THEN true
+                            ELSE pg_has_role(held.role, 'USAGE') END)
                 ) AS hidden
-            FROM unnest(CAST(:names AS text[]), CAST(:commands AS text[]))
-                AS needed (name, commands)
+            FROM unnest(CAST(:names AS text[])) AS needed (name)
             JOIN pg_class AS c ON c.oid = to_regclass(needed.name)
             ORDER BY needed.name
         """)
@@ -418,9 +407,6 @@ class Queries:
             UPDATE {workers} SET state = 'NO_HEARTBEAT'
             WHERE id = ANY (CAST(:ids AS uuid[])) AND state = 'RUNNING'
         """)
-
-        # Whether new transactions may only read: of a standby, or while somebody wants it so.
-        self._read_only = self._text("SELECT current_setting('transaction_read_only')")
 
         self._retire = self._text("""
             UPDATE {workers} SET state = 'SHUTDOWN' WHERE id = :id AND state = 'RUNNING'
@@ -736,25 +722,22 @@ class Queries:
 
         :raises SetupError: if so.
         """
-        # What a worker does with each table: SELECT, INSERT, UPDATE, as policies call it.
-        worker, task, event = (quote(table).replace(r"\:", ":") for table in self.models.tables)
-        commands = {worker: "raw", task: "rw", event: "a"}
-        rows = connection.execute(
-            self._obstacles, {"names": list(commands), "commands": list(commands.values())}
-        ).all()
+        names = [quote(table).replace(r"\:", ":") for table in self.models.tables]
+        rows = connection.execute(self._obstacles, {"names": names}).all()
         if hidden := [row.name for row in rows if row.hidden]:
-            names, role = ", ".join(hidden), rows[0].role
+            tables, role = ", ".join(hidden), rows[0].role
             raise SetupError(
-                f"Row-level security keeps {role} from rows of {names}: a worker would find nothing"
-                f" to do, and say nothing. ALTER ROLE {role} BYPASSRLS; or, for each table, CREATE"
-                f" POLICY … FOR ALL TO {role} USING (true), and let no restrictive policy apply to"
-                f" it; or ALTER TABLE … DISABLE ROW LEVEL SECURITY."
+                f"Row-level security keeps {role} from rows of {tables}: a worker would find"
+                f" nothing to do, and say nothing. ALTER ROLE {role} BYPASSRLS; or, for each table,"
+                f" CREATE POLICY … FOR ALL TO {role} USING (true), and let no restrictive policy"
+                " apply to it; or ALTER TABLE … DISABLE ROW LEVEL SECURITY."
             )
-        if not all(row.ordinary for row in rows if row.name == task):
+        if not all(row.ordinary for row in rows if row.name == names[1]):
             raise SetupError(
-                f"{task} is not an ordinary table (it is partitioned, say, or a view), and a worker"
-                " finds its tasks by ctid, which identifies rows of ordinary tables alone. Let the"
-                " queue have such a table, and copy what has ended to a partitioned one of yours."
+                f"{names[1]} is not an ordinary table (it is partitioned, say, or a view), and a"
+                " worker finds its tasks by ctid, which identifies rows of ordinary tables alone."
+                " Let the queue have such a table, and copy what has ended to a partitioned one of"
+                " yours."
             )
 
     def check_claims(self, connection: Connection) -> None:
@@ -805,10 +788,6 @@ class Queries:
     def retire(self, connection: Connection, worker_id: uuid.UUID) -> None:
         """Mark a worker as shut down."""
         connection.execute(self._retire, {"id": worker_id})
-
-    def is_read_only(self, connection: Connection) -> bool:
-        """Tell whether the transaction at hand, in which nobody has said so, may only read."""
-        return bool(connection.execute(self._read_only).scalar_one() == "on")
 
     def terminate(self, connection: Connection) -> set[str]:
         """End the backends of workers that are dead, or gone and have left tasks behind, and with

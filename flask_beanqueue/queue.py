@@ -11,7 +11,7 @@ from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import Session
 
-from .claim import Claim, current_claim, current_task_id
+from .claim import Claim, current_claim, current_task_id, decode
 from .handover import check_autocommit, check_open, check_schema, note
 from .models import PROCESSING, Models, uuid7s
 from .options import Options
@@ -151,7 +151,7 @@ class Queue:
         )
         if claim.arguments is not None:
             with contextlib.suppress(ValueError):
-                task.kwargs = claim.kwargs
+                task.kwargs = decode(claim.arguments)
         sa_orm.make_transient_to_detached(task)
         return task
 

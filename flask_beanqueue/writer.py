@@ -247,7 +247,7 @@ class Writer:
         self._keep([*others, outcome], reason(error))
         self._stalled.add(outcome.claim)
 
-    def _fall_back(self, outcome: Outcome, error: BaseException) -> None:
+    def _fall_back(self, outcome: Outcome, error: sa.exc.DBAPIError) -> None:
         """Let something else be written in place of an outcome that the database refuses."""
         claim = outcome.claim
         log.error("%s: its outcome is refused: %s", claim.label, reason(error))

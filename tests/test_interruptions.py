@@ -63,7 +63,7 @@ def test_a_lost_connection_is_no_failure(
     work()
     task = only_task()
     assert (task.state, task.attempts, task.crashes, task.interruptions) == ("PENDING", 0, 0, 1)
-    assert task.error_message.startswith("The database went away (1 of 20 times).")
+    assert task.error_message.startswith("The database was in trouble (1 of 20 times).")
     [event] = task.events
     assert event.type == "INTERRUPTED"
     assert 0.5 < (event.scheduled_at - event.created_at).total_seconds() < 1.5
@@ -137,7 +137,7 @@ def test_a_task_that_is_always_interrupted_fails_in_the_end(
     work()
     task = only_task()
     assert (task.state, task.interruptions) == ("FAILED", 20)
-    assert "went away 20 times while this task ran. It will not be run again" in task.error_message
+    assert "in trouble 20 times while this task ran. It will not be run again" in task.error_message
     assert [event.type for event in task.events] == ["INTERRUPTED"]
 
 

@@ -274,6 +274,21 @@ def test_an_outcome_whose_event_is_refused_is_logged_and_told_all_the_same(
     assert [each["exception"] for each in heard] == [raised] * failures
 
 
+def test_a_result_is_stored_whole_although_its_event_is_refused(
+    make_app: MakeApp, db: SQLAlchemy, bq: BeanQueue, database_url: str
+) -> None:
+    app = make_app(db, bq, BQ_SUCCESS_EVENTS=True)
+    query(database_url, "ALTER TABLE bq_events ADD CHECK (type <> 'DONE')")
+
+    @bq.processor()
+    def order() -> str:
+        return "café"
+
+    enqueue(app, order)
+    bq.process_tasks(app=app, burst=True)
+    assert (only_task(app, bq).state, only_task(app, bq).result) == ("DONE", "café")
+
+
 # The signals carry what was raised, and nothing is kept for it.
 
 

@@ -43,11 +43,11 @@ VALUES = {
 }
 
 
-def insert(url: str, value: str, count: int) -> None:
+def insert(url: str, value: str, count: int, name: str = "measure") -> None:
     query(
         url,
         "INSERT INTO bq_tasks (channel, module, func_name, kwargs)"
-        f" SELECT 'large', '{APP}', 'measure', jsonb_build_object('value', {value})"
+        f" SELECT 'large', '{APP}', '{name}', jsonb_build_object('value', {value})"
         f" FROM generate_series(1, {count})",
     )
 
@@ -64,6 +64,21 @@ def test_a_worker_holds_few_large_arguments_at_once(
     [(count, growth)] = query(database_url, f"{megabytes} WHERE state = 'DONE'")
     assert count == 201
     assert growth < 60
+
+
+def test_large_arguments_of_tasks_that_cannot_be_ended_yet_are_not_held(
+    large_app: Flask, database_url: str, processes: Processes
+) -> None:
+    insert(database_url, "'1'", 1)
+    insert(database_url, "to_jsonb(repeat('x', 5000000))", 40, "lock")
+    insert(database_url, "'1'", 1)
+    worker = processes.worker(APP, "--concurrency", "1")
+    results = "SELECT CAST(result AS int) FROM bq_tasks WHERE state = 'DONE' ORDER BY finished_at"
+    wait_until(lambda: len(query(database_url, results)) == 2)
+    assert worker.output.count("another transaction keeps its row locked") > 30
+    [(before,), (after,)] = query(database_url, results)
+    assert after - before < 60
+    worker.kill()
 
 
 @pytest.mark.slow

@@ -141,12 +141,11 @@ PROCESSORS: dict[str, tuple[Act, str, bool, str]] = {
         sql("SELECT pg_terminate_backend(pg_backend_pid())"),
         "PENDING",
         False,
-        "The database went away (1 of 20 times).",
+        "The database was in trouble (1 of 20 times).",
     ),
     "disposes of the engine": (dispose, "DONE", True, ""),
     "locks the tasks": (LOCK, "DONE", True, ""),
     "locks the tasks, and raises": (in_turn(LOCK, raising(KeyError)), "FAILED", False, "KeyError"),
-    "may only read": (sql("SET TRANSACTION READ ONLY"), "FAILED", False, "read-only transaction"),
     "looks for tables elsewhere": (
         sql("SET LOCAL search_path TO nowhere"),
         "FAILED",
@@ -395,10 +394,6 @@ DATABASE_ERRORS: dict[str, tuple[Act, str]] = {
     "a statement timeout": (
         in_turn(sql("SET LOCAL statement_timeout TO '10ms'"), sql("SELECT pg_sleep(60)")),
         "canceling statement due to statement timeout",
-    ),
-    "a read-only transaction": (
-        in_turn(sql("SET TRANSACTION READ ONLY"), sql("INSERT INTO note (text) VALUES ('never')")),
-        "cannot execute INSERT in a read-only transaction",
     ),
     "a serialization failure": (be_overtaken, "could not serialize access due to concurrent"),
     "a rule that is checked at commit": (

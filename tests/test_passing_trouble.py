@@ -111,20 +111,34 @@ def test_a_database_that_is_read_only_for_a_while_fails_no_task(
     assert sorted(map(int, texts(app, db, Note))) == [*range(2000)]
 
 
-def test_a_task_that_makes_its_own_transaction_read_only_has_failed(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work
+@pytest.mark.parametrize(
+    "statement",
+    ["SET TRANSACTION READ ONLY", "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY"],
+    ids=["its transaction", "its connection"],
+)
+def test_what_has_begun_while_a_database_was_read_only_is_done_on_another_connection(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, statement: str
 ) -> None:
     @bq.processor()
-    def write() -> None:
-        db.session.execute(sa.text("SET TRANSACTION READ ONLY"))
-        db.session.add(Note(text="never"))
+    def write(task: Any) -> None:
+        if task.claims == 1:
+            db.session.execute(sa.text(statement))
+            if "SESSION" in statement:
+                db.session.commit()
+        db.session.add(Note(text="once"))
         db.session.flush()
 
     with app.app_context():
         write.enqueue()
         db.session.commit()
-    work()
-    assert states(app, db, bq) == [("FAILED", 1)]
+    with running(app, bq):
+        wait_until(lambda: states(app, db, bq) == [("DONE", 1)])
+    assert texts(app, db, Note) == ["once"]
+    with app.app_context(), contextlib.ExitStack() as stack:
+        pool: Any = db.engine.pool
+        connections = [stack.enter_context(db.engine.connect()) for _ in range(pool.checkedin())]
+        shown = [each.scalar(sa.text("SHOW default_transaction_read_only")) for each in connections]
+        assert set(shown) == {"off"}
 
 
 @pytest.mark.parametrize("uses_session", [False, True])

@@ -12,14 +12,14 @@ from flask_sqlalchemy import SQLAlchemy
 
 from flask_beanqueue import BeanQueue
 
-from .conftest import running
+from .conftest import MakeApp, running
 from .probe import Probe, query, wait_until
 
 GROWN = 50_000
 
 
 @pytest.fixture
-def grow(app: Flask, database_url: str) -> Callable[[], None]:
+def grow(database_url: str) -> Callable[[], None]:
     """Writes many tasks that are done, so that reading all of them would show."""
 
     def grow() -> None:
@@ -44,17 +44,20 @@ def do_nothing() -> None:
     pass
 
 
+@pytest.mark.parametrize("events", [False, True])
 @pytest.mark.parametrize("function", [fail, use_the_session, do_nothing])
 def test_a_worker_that_has_seen_a_small_table_reads_no_large_one(
-    app: Flask,
+    make_app: MakeApp,
     db: SQLAlchemy,
     bq: BeanQueue,
     probe: Probe,
     grow: Callable[[], None],
     database_url: str,
     function: Callable[..., None],
+    events: bool,
 ) -> None:
     """Its first statements are planned for a few rows, of which it would read all."""
+    app = make_app(db, bq, BQ_SUCCESS_EVENTS=events)
     query(database_url, "ALTER TABLE bq_tasks SET (autovacuum_enabled = false)")
     processor: Any = bq.processor()(function)
     end = f"{function.__name__} {'FAILED' if function is fail else 'DONE'}"

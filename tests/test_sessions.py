@@ -166,26 +166,6 @@ def test_a_session_may_be_exchanged_between_tasks_and_back(
     assert len(locks) == 3  # one for each commit halfway
 
 
-def test_a_session_that_is_exchanged_while_a_task_runs_fails_it(
-    app: Flask, db: Any, bq: BeanQueue, Note: Any
-) -> None:
-    """Some of what it writes may be in the one, some in the other."""
-    before = db.session
-
-    def act() -> None:
-        db.session.execute(sa.insert(Note).values(text="never"))
-        db.session = flasks_own(app, db)
-        db.session.execute(sa.insert(Note).values(text="nor this"))
-
-    task = do_one(app, db, bq, act)
-    assert task.state == "FAILED"
-    assert "db.session was exchanged while the task ran" in task.error_message
-    assert texts(app, db, Note) == []
-    with app.app_context():
-        assert bq.engine(app).pool.checkedout() == 0  # type: ignore[attr-defined]
-        assert not before.registry.has()
-
-
 def a_session(app: Flask, db: Any) -> Any:
     with app.app_context():
         return Session(db.engine)

@@ -18,7 +18,7 @@ import psycopg2
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import psycopg2 as dialect
 
-from flask_beanqueue.claim import Claim
+from flask_beanqueue.claim import Claim, decode
 from flask_beanqueue.marks import Level
 from flask_beanqueue.models import uuid7
 from flask_beanqueue.queries import array, behind, milliseconds
@@ -203,7 +203,7 @@ def session(threads: int) -> None:
 
     def perform(claim: Claim) -> None:
         with app.app_context():
-            db.session.add(bench.Row(number=claim.kwargs["number"]))
+            db.session.add(bench.Row(number=decode(claim.arguments or "")["number"]))
             db.session.flush()
             assert bq.queries.finish_one(db.session.connection(), claim, None)
             db.session.commit()
@@ -221,7 +221,7 @@ def statements(threads: int) -> None:
         cursor = connection.cursor()
 
         def perform(claim: Claim) -> None:
-            number = claim.kwargs["number"]
+            number = decode(claim.arguments or "")["number"]
             cursor.execute("INSERT INTO bench_rows (number) VALUES (%s)", (number,))
             parameters = {"ctid": claim.ctid, "id": claim.key, "claims": claim.claims}
             cursor.execute(finish, {**parameters, "result": None})
