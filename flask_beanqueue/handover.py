@@ -11,6 +11,7 @@ from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session, SessionTransaction, object_session
 
+from .connection import SetupError
 from .log import log
 from .models import TaskModelMixin
 
@@ -59,13 +60,14 @@ def _after_commit(session: Session) -> None:
 def check_autocommit(connection: Connection) -> None:
     """Refuse a session's connection that commits each statement at once.
 
-    :raises RuntimeError: if it is one.
+    :raises SetupError: if it is one.
     """
-    level = connection.get_execution_options().get("isolation_level")
-    if level is not None and level.upper() == "AUTOCOMMIT":
-        raise RuntimeError(
+    raw: t.Any = connection.connection.dbapi_connection
+    if raw.autocommit:  # also if the driver was told so past SQLAlchemy
+        raise SetupError(
             "This session is in AUTOCOMMIT, where each statement is committed at once, and nothing"
-            " together with another or with its task. Use a connection of your own instead:"
+            " together with another or with its task. Take that out of SQLALCHEMY_ENGINE_OPTIONS,"
+            " and use a connection of your own for what needs it:"
             ' db.engine.connect().execution_options(isolation_level="AUTOCOMMIT").'
         )
 

@@ -6,6 +6,7 @@ import contextlib
 import typing as t
 import uuid
 
+import sqlalchemy as sa
 import sqlalchemy.orm as sa_orm
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.engine import Connection, Engine
@@ -86,7 +87,7 @@ class Queue:
         An app's own ``get_bind`` may send what looks like a read to a replica, so its engine counts
         only if it is the queue's, perhaps with options.
         """
-        bind = session.get_bind(mapper=self.Task)
+        bind = session.get_bind(mapper=sa.inspect(self.Task))
         if type(session).get_bind is not Session.get_bind:
             engine = self.db.engines[self.Task.__table__.metadata.info.get("bind_key")]
             if bind.engine.pool is not engine.engine.pool:
@@ -96,7 +97,7 @@ class Queue:
     def connection(self, session: Session) -> Connection:
         """Return the session's connection to the queue's own database.
 
-        :raises RuntimeError: if it is in AUTOCOMMIT.
+        :raises SetupError: if it is in AUTOCOMMIT.
         """
         connection = session.connection(bind_arguments={"bind": self.bind(session)})
         check_autocommit(connection)

@@ -28,6 +28,7 @@ from .connection import Line, SetupError, named
 from .crew import Crew
 from .errors import TROUBLE, is_hopeless, reason
 from .executor import Executor
+from .handover import check_autocommit
 from .heartbeat import Heartbeat
 from .listen import Listener, Source
 from .log import log
@@ -217,6 +218,8 @@ class Worker:
         ):
             queries = self.queue.queries
             queries.check_tables(self._line.connection)
+            with self.engine.connect() as connection:  # as tasks get it
+                check_autocommit(connection)
             queries.add_worker(self._line.connection, self.id, self.name, self.channels)
             if self._predecessors:
                 queries.bury(self._line.connection, self._predecessors)

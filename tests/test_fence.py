@@ -454,6 +454,33 @@ def test_a_session_of_a_task_cannot_be_in_autocommit(
     assert "This session is in AUTOCOMMIT" in task.error_message
 
 
+def test_a_driver_that_commits_each_statement_is_refused(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, work: Work
+) -> None:
+    """SQLAlchemy does not know of it."""
+
+    @bq.processor()
+    def write(db: Any) -> None:
+        db.execute(insert(Note))
+
+    def commit_all(connection: Any, record: Any) -> None:
+        connection.autocommit = True
+
+    with app.app_context():
+        write.enqueue()
+        db.session.commit()
+        sa.event.listen(db.engine, "connect", commit_all)
+        db.engine.dispose()
+        write.enqueue()
+        with pytest.raises(RuntimeError, match="This session is in AUTOCOMMIT"):
+            db.session.flush()
+        db.session.rollback()
+    with pytest.raises(RuntimeError, match="This session is in AUTOCOMMIT"):
+        work()
+    assert only_task(app, bq).state == "PENDING"
+    assert texts(app, db, Note) == []
+
+
 def test_another_bind_may_be_in_autocommit(
     make_app: Any, database_url: str, other_database_url: str
 ) -> None:

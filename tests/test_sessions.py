@@ -235,6 +235,15 @@ class ByFlush(flask_sqlalchemy.session.Session):
         return self._db.engines["replica"]
 
 
+class ByMapper(flask_sqlalchemy.session.Session):
+    """As it has it for models that lie elsewhere; what it is asked about is a mapper."""
+
+    def get_bind(self, mapper: Any = None, *args: Any, **more: Any) -> Any:
+        if mapper is not None and issubclass(mapper.class_, str):
+            return self._db.engines["replica"]
+        return super().get_bind(mapper, *args, **more)
+
+
 class WithOptions(flask_sqlalchemy.session.Session):
     """For whom the same engine is to do something differently."""
 
@@ -250,7 +259,7 @@ class Routed(NamedTuple):
     Note: Any
 
 
-@pytest.fixture(params=[ByClause, ByFlush, WithOptions])
+@pytest.fixture(params=[ByClause, ByFlush, ByMapper, WithOptions])
 def class_(request: pytest.FixtureRequest) -> Any:
     return request.param
 
