@@ -14,6 +14,17 @@ log = logging.getLogger("flask_beanqueue")
 CONTROL = re.compile(r"[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
+#: Characters that are logged of a value, or of what an exception says.
+LONGEST = 10_000
+
+
+def shorten(text: str, length: int) -> str:
+    """Shorten a text in its middle."""
+    if len(text) <= length:
+        return text
+    return f"{text[: length // 2]}\n… {len(text) - length} characters …\n{text[-(length // 2) :]}"
+
+
 def escape(text: str, keep: str = "") -> str:
     """Write control characters as Python's literals do.
 
@@ -27,7 +38,7 @@ class Lines(traceback.TracebackException):
 
     def format_exception_only(self, *args: t.Any, **kwargs: t.Any) -> t.Generator[str, None, None]:
         said = "".join(super().format_exception_only(*args, **kwargs))
-        yield escape(said.rstrip("\n"), keep="\t") + "\n"
+        yield escape(shorten(said.rstrip("\n"), LONGEST), keep="\t") + "\n"
 
 
 def format_exception(error: BaseException) -> str:
@@ -47,11 +58,12 @@ def escape_record(record: logging.LogRecord) -> bool:
     stays for who wants that."""
     if isinstance(record.args, tuple):
         record.args = tuple(
-            arg if isinstance(arg, (int, float)) else escape(str(arg)) for arg in record.args
+            arg if isinstance(arg, (int, float)) else escape(shorten(str(arg), LONGEST))
+            for arg in record.args
         )
     for name in ("task_name", "task_channel"):
         if name in vars(record):
-            setattr(record, name, escape(getattr(record, name)))
+            setattr(record, name, escape(shorten(getattr(record, name), LONGEST)))
     if record.exc_info and record.exc_info[1] is not None:
         try:
             record.exc_text = format_exception(record.exc_info[1])

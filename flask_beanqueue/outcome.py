@@ -19,7 +19,7 @@ from .claim import Claim
 from .connection import codec_of
 from .errors import clear_frames, is_interruption, is_of_letters, text_of
 from .listen import notify_name
-from .log import log
+from .log import log, shorten
 from .models import DONE, FAILED, PENDING, PROCESSING, uuid7
 from .options import check_aware
 from .processor import AnyProcessor
@@ -460,10 +460,8 @@ def storable(claim: Claim, result: t.Any) -> str | None:
 
 def storable_text(text: str, length: int) -> str:
     """Text that PostgreSQL takes, shortened in its middle."""
-    text = text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
-    if len(text) <= length:
-        return text
-    return f"{text[: length // 2]}\n… {len(text) - length} characters …\n{text[-(length // 2) :]}"
+    text = shorten(text, length).replace("\0", "\\0")  # first, for it may be very long
+    return shorten(text.encode("utf-8", "backslashreplace").decode(), length)
 
 
 def describe(error: BaseException) -> str:

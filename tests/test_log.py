@@ -289,6 +289,23 @@ def test_a_result_is_stored_whole_although_its_event_is_refused(
     assert (only_task(app, bq).state, only_task(app, bq).result) == ("DONE", "café")
 
 
+def test_of_a_long_message_the_log_holds_both_ends(
+    app: Flask, bq: BeanQueue, work: Work, caplog: pytest.LogCaptureFixture
+) -> None:
+    @bq.processor()
+    def fail() -> None:
+        try:
+            raise KeyError("a" * 1_000_000 + "its end")
+        except KeyError as error:
+            raise ValueError("b" * 1_000_000) from error
+
+    enqueue(app, fail)
+    work()
+    [record] = with_exception(caplog)
+    assert len(record.getMessage()) + len(record.exc_text) < 50_000
+    assert "characters …" in record.exc_text
+
+
 # The signals carry what was raised, and nothing is kept for it.
 
 
