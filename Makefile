@@ -1,8 +1,9 @@
 # The oldest Python that is supported, if it is there. `make test PYTHON=python3.13` picks another.
 PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || echo python3)
 RUN = .venv/bin/python -m
-# How many processes the tests run in. `make test JOBS=` runs them in one, as a debugger wants it.
-JOBS ?= --numprocesses auto --maxprocesses 4
+# How many processes the tests run in: more than there may be cores, for many tests wait for others.
+# `make test JOBS=` runs them in one, as a debugger wants it.
+JOBS ?= --numprocesses 3 --dist worksteal
 
 .PHONY: help
 help: ## Show this help
