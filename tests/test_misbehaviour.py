@@ -258,7 +258,12 @@ def raise_in(thread: int, error: type[BaseException]) -> None:
     reason="While it waits to be raised, CPython 3.11 runs no function that is traced.",
 )
 def test_a_timeout_that_comes_when_its_task_has_ended_harms_no_other(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, probe: Probe, caplog: pytest.LogCaptureFixture
+    app: Flask,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    database_url: str,
+    probe: Probe,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """It is raised as soon as the thread has its next claim."""
     threads: list[int] = []
@@ -276,8 +281,8 @@ def test_a_timeout_that_comes_when_its_task_has_ended_harms_no_other(
             raise_in(threads[-1], TimeoutError)
         work.enqueue_many([{"number": 3}, {"number": 4}])
         db.session.commit()
-        probe.wait("work DONE")
-        probe.wait("work DONE")
+        done = "SELECT count(*) FROM bq_tasks WHERE state = 'DONE'"
+        probe.wait_until(lambda: query(database_url, done) == [(5,)])
         tasks = db.session.execute(sa.select(bq.Task.state, bq.Task.attempts)).all()
         assert set(tasks) == {("DONE", 1)}
     assert len(threads) == 5
