@@ -20,8 +20,8 @@ class Watchdog(threading.Thread):
     threads: no heartbeat is sent, and no handler of a signal is called. So the end comes from a
     timer in C, that of faulthandler, which writes where each thread is and leaves with exit code 1.
     It waits for no query, so it does not mistake an outage of the database for a hang. When a
-    process was stopped for longer than the timeout (SIGSTOP, a frozen container), the end comes as
-    soon as it goes on.
+    process was stopped for longer than the timeout (SIGSTOP, a frozen container), the end may come
+    as soon as it goes on, unless the thread is faster.
 
     There is one such timer in a process, and so one watchdog. What a task forks has none; it ends
     with ``os._exit`` (``shutdown.leave``), and so does not wait for the timer's thread, as Python
