@@ -5,9 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sqlalchemy as sa
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+
+from flask_beanqueue import BeanQueue
 
 from .chaos import failpoint, report, trial, watch
 from .chaos.__main__ import passed
@@ -69,6 +76,33 @@ def test_without_the_outcomes_of_plain_tasks_a_trial_finds_them_unfinished(
     verdict = conduct(LISTENERS, CHAOS_WITHOUT="plain")
     assert (verdict.lost, verdict.doubled) == (0, 0)
     assert verdict.unfinished > 0
+
+
+def test_each_point_at_which_a_worker_kills_itself_is_one_that_it_comes_to(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, work: Callable[..., None]
+) -> None:
+    @bq.processor()
+    def plain() -> None:
+        pass
+
+    @bq.processor()
+    def asks(db: Any) -> None:
+        db.execute(sa.select(1))
+
+    sent: list[str] = []
+    with app.app_context():
+        sa.event.listen(
+            db.engine,
+            "before_cursor_execute",
+            lambda *args: sent.append(" ".join(args[2].split())),
+        )
+        plain.enqueue()
+        asks.enqueue()
+        db.session.commit()
+    work()
+    beginnings = {beginning for _, beginning, _ in failpoint.POINTS.values()}
+    never = {each for each in beginnings if not any(one.startswith(each) for one in sent)}
+    assert never == {"INSERT INTO shipment"}  # the trials' own
 
 
 @pytest.fixture

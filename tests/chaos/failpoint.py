@@ -10,14 +10,17 @@ from typing import Any
 
 import sqlalchemy as sa
 
+CLAIM = "UPDATE ONLY bq_tasks SET state = 'PROCESSING'"
+FINISH = "UPDATE ONLY bq_tasks SET state = 'DONE'"
+
 #: By name: the event of the engine, what the statement begins with, and how likely it is.
 POINTS = {
-    "claim sent": ("before_cursor_execute", "UPDATE bq_tasks SET state = 'PROCESSING'", 0.05),
-    "claim answered": ("after_cursor_execute", "UPDATE bq_tasks SET state = 'PROCESSING'", 0.05),
+    "claim sent": ("before_cursor_execute", CLAIM, 0.05),
+    "claim answered": ("after_cursor_execute", CLAIM, 0.05),
     "flush sent": ("before_cursor_execute", "WITH patience", 0.03),
     "flush answered": ("after_cursor_execute", "WITH patience", 0.03),
     "task": ("before_cursor_execute", "INSERT INTO shipment", 0.003),
-    "completion": ("after_cursor_execute", "UPDATE bq_tasks SET state = 'DONE'", 0.003),
+    "completion": ("after_cursor_execute", FINISH, 0.003),
     "commit": ("commit", "", 0.003),
 }
 
