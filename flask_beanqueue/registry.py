@@ -27,7 +27,10 @@ class Origin(t.NamedTuple):
 
     @classmethod
     def of(cls, func: t.Any, frame: types.FrameType) -> Origin:
-        """:param frame: where it is made a processor."""
+        """Tell where a function comes from.
+
+        :param frame: where it is made a processor.
+        """
         inner = inspect.unwrap(func)
         module = getattr(inner, "__globals__", frame.f_globals)
         code = getattr(inner, "__code__", None)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import contextvars
 import datetime
 import os
-import select
 import socket
+import sys
 import threading
 import types
 import typing as t
@@ -714,10 +713,14 @@ def check_threads() -> None:
 
     :raises SetupError: naming the library that has replaced them.
     """
-    # What a worker sleeps with is as bad as its threads.
-    for function, module in ((_thread.start_new_thread, "_thread"), (select.select, "select")):
-        if function.__module__ != module:
-            library = function.__module__.partition(".")[0]
+    # By library: debuggers put functions of their own there, too, and their threads are real.
+    for library, module, asks in (
+        ("gevent", "gevent.monkey", "is_module_patched"),
+        ("eventlet", "eventlet.patcher", "is_monkey_patched"),
+    ):
+        is_patched = getattr(sys.modules.get(module), asks, None)
+        # What a worker sleeps with is as bad as its threads.
+        if is_patched and any(map(is_patched, ("threading", "thread", "select"))):
             raise SetupError(
                 f"{library} has patched threads, or what waits, with greenlets, and a worker needs"
                 " real threads. Let the web server patch (as gunicorn -k does), and not a module"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import datetime
 import re
@@ -1212,6 +1213,18 @@ def test_rows_that_a_trigger_leaves_as_they_are_hold_up_nothing_beside_a_backlog
             db.session.commit()
             log.wait(1501)
     assert log.index("given back") < 1000
+
+
+def test_a_debugger_that_starts_the_threads_is_no_library_of_greenlets(
+    app: Flask, bq: BeanQueue, note: Any, log: Log, db: SQLAlchemy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Debuggers put a function of their own in the place of Python's."""
+    start: Any = _thread.start_new_thread
+    monkeypatch.setattr(_thread, "start_new_thread", lambda *args, **more: start(*args, **more))
+    with running(app, bq), app.app_context():
+        note.enqueue(number=1)
+        db.session.commit()
+        log.wait(1)
 
 
 def test_several_apps_in_one_process_each_do_their_own_tasks(
