@@ -25,8 +25,10 @@ from .stage import End
 # A machine under load may be slow at any time.
 settings.register_profile("tests", deadline=None)
 settings.load_profile("tests")
-# Under nohup, what the tests start would outlive its terminal.
+# Under nohup, what the tests start would outlive its terminal; and in the background of a shell it
+# would ignore SIGINT, as the shell has it.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

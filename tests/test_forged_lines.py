@@ -192,9 +192,9 @@ def test_an_exception_that_cannot_be_formatted_is_logged_all_the_same(
     printed: io.StringIO,
 ) -> None:
     log.error("It fails", exc_info=OddNotes("odd"))
-    assert printed.getvalue() == (
-        "own   It fails\n(The traceback cannot be formatted: ZeroDivisionError)\n"
-    )
+    told = printed.getvalue()  # by the queue, or by Python itself from 3.13 on
+    assert told.startswith("own   It fails\n")
+    assert "ZeroDivisionError" in told
 
 
 # What else comes from without.

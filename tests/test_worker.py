@@ -398,7 +398,7 @@ def test_an_outcome_whose_answer_is_lost_is_not_called_lost(
     with app.app_context():
         note.enqueue(number=1)
         db.session.commit()
-        work()
+        work(concurrency=1)  # in their order
         [task] = db.session.scalars(sa.select(bq.Task))
     assert lost == [1]
     assert log == [1]
