@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import json
 import os
+import sys
 import types
 import typing as t
 import warnings
@@ -25,21 +26,23 @@ class ConfigError(ValueError):
     """A ``BQ_…`` setting holds something that the queue cannot use."""
 
 
-def _is_count(value: float) -> bool:
-    return 1 <= value <= LARGEST
+def _limited(default: t.Any, limit: tuple[float, float], words: str) -> t.Any:
+    """A setting that takes numbers within limits; ``words`` say them."""
+    return dataclasses.field(default=default, metadata={"limit": limit, "words": words})
 
 
-def _is_pause(value: float) -> bool:
-    return 0 < value <= LONGEST
+def _count(default: int) -> t.Any:
+    return _limited(default, (1, LARGEST), f"1 or more, at most {LARGEST}")
 
 
-def _is_allowance(value: float) -> bool:
-    return 0 <= value < float("inf")
+def _pause(default: float | None) -> t.Any:
+    words = f"a number of seconds above 0, at most {LONGEST:.0f}"
+    return _limited(default, (sys.float_info.min, LONGEST), words)
 
 
-_COUNT = (_is_count, f"1 or more, at most {LARGEST}")
-_PAUSE = (_is_pause, f"a number of seconds above 0, at most {LONGEST:.0f}")
-_ALLOWANCE = (_is_allowance, "a number of seconds, 0 or more")
+def _allowance(default: float) -> t.Any:
+    return _limited(default, (0.0, sys.float_info.max), "a number of seconds, 0 or more")
+
 
 #: How the names of BeanQueue's settings begin that are none here, and what to use in their place.
 OF_BEANQUEUE = {
@@ -47,20 +50,6 @@ OF_BEANQUEUE = {
     "DATABASE_URL": "Use SQLALCHEMY_DATABASE_URI, or name one of SQLALCHEMY_BINDS with bind_key=.",
     "POSTGRES_": "Use SQLALCHEMY_DATABASE_URI, or name one of SQLALCHEMY_BINDS with bind_key=.",
     "METRICS_HTTP_SERVER_": "Workers have no such server; count by signals, or ask bq.Task.",
-}
-
-#: What values a setting takes, and the words for them.
-LIMITS = {
-    "BATCH_SIZE": _COUNT,
-    "CLAIM_BYTES": _COUNT,
-    "CONCURRENCY": _COUNT,
-    "MAX_CRASHES": _COUNT,
-    "POLL_TIMEOUT": _PAUSE,
-    "WORKER_HEARTBEAT_PERIOD": _PAUSE,
-    "WORKER_HEARTBEAT_TIMEOUT": _PAUSE,
-    "SHUTDOWN_TIMEOUT": _ALLOWANCE,
-    "STUCK_AFTER": _PAUSE,
-    "UNKNOWN_GRACE": _ALLOWANCE,
 }
 
 
@@ -74,11 +63,11 @@ class Config:
     #: Packages to import, with their submodules, before a worker starts.
     PROCESSOR_PACKAGES: list[str] = dataclasses.field(default_factory=list)
     #: Most tasks that a worker claims, or completes, with one statement.
-    BATCH_SIZE: int = 1000
+    BATCH_SIZE: int = _count(1000)
     #: Most bytes of arguments that a worker holds, beside those of the tasks that run.
-    CLAIM_BYTES: int = 16_000_000
+    CLAIM_BYTES: int = _count(16_000_000)
     #: Threads that run tasks in one worker process.
-    CONCURRENCY: int = 4
+    CONCURRENCY: int = _count(4)
     #: Whether workers LISTEN; if not, they poll.
     LISTEN: bool = True
     #: Where they LISTEN, if a pooler stands before the app's database: its own address.
@@ -86,21 +75,21 @@ class Config:
     #: Whether new tasks NOTIFY.
     NOTIFY: bool = True
     #: Longest sleep of an idle worker; unset: 30 where it listens, 1 where it does not.
-    POLL_TIMEOUT: float | None = None
+    POLL_TIMEOUT: float | None = _pause(None)
     #: Time between two heartbeats of a worker.
-    WORKER_HEARTBEAT_PERIOD: float = 4.0
+    WORKER_HEARTBEAT_PERIOD: float = _pause(4.0)
     #: Silence after which a worker counts as dead. The same for all workers of a database.
-    WORKER_HEARTBEAT_TIMEOUT: float = 20.0
+    WORKER_HEARTBEAT_TIMEOUT: float = _pause(20.0)
     #: Whether a worker process ends itself when none of its threads gets a turn for that long.
     WATCHDOG: bool = True
     #: Time that running tasks have to end after SIGTERM.
-    SHUTDOWN_TIMEOUT: float = 25.0
+    SHUTDOWN_TIMEOUT: float = _allowance(25.0)
     #: Time after which a worker that can begin no other task names those that it is at.
-    STUCK_AFTER: float = 600.0
+    STUCK_AFTER: float = _pause(600.0)
     #: Crashes after which a task is FAILED.
-    MAX_CRASHES: int = 3
+    MAX_CRASHES: int = _count(3)
     #: How long a task waits for a worker that knows its processor.
-    UNKNOWN_GRACE: float = 600.0
+    UNKNOWN_GRACE: float = _allowance(600.0)
     #: Whether success is written as an Event, too. The task's row says it anyway.
     SUCCESS_EVENTS: bool = False
     #: Dotted names of own models, where the constructor did not get the classes.
@@ -109,10 +98,13 @@ class Config:
     EVENT_MODEL: str | None = None
 
     def __post_init__(self) -> None:
-        for name, (fits, what) in LIMITS.items():
-            value = getattr(self, name)
-            if value is not None and not fits(value):
-                raise ConfigError(f"{PREFIX}{name} must be {what}, not {value}.")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None and "limit" in field.metadata:
+                least, most = field.metadata["limit"]
+                if not least <= value <= most:
+                    words = field.metadata["words"]
+                    raise ConfigError(f"{PREFIX}{field.name} must be {words}, not {value}.")
         if self.WORKER_HEARTBEAT_TIMEOUT < 2 * self.WORKER_HEARTBEAT_PERIOD:
             raise ConfigError(
                 f"{PREFIX}WORKER_HEARTBEAT_TIMEOUT ({self.WORKER_HEARTBEAT_TIMEOUT:g} s) must be"
@@ -206,17 +198,11 @@ def parse(name: str, text: str, hint: t.Any) -> t.Any:
     """Return the value that an environment variable's text stands for."""
     kinds = t.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     value: t.Any = text
-    if bool in kinds:
-        value = {"1": True, "true": True, "on": True, "yes": True}.get(text.strip().lower())
-        if value is None:
-            value = {"0": False, "false": False, "off": False, "no": False}.get(
-                text.strip().lower(), text
-            )
-    elif str not in kinds:
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError):
-            value = text
+    if str not in kinds:
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(text.lower() if bool in kinds else text)
+        if bool in kinds and value in (0, 1):
+            value = bool(value)
     return check(name, value, hint)
 
 

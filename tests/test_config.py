@@ -78,10 +78,7 @@ def test_a_value_of_the_right_type_is_taken_from_the_app(
         ("LISTEN", "1", True),
         ("LISTEN", "False", False),
         ("LISTEN", " true ", True),
-        ("NOTIFY", "off", False),
-        ("NOTIFY", "on", True),
-        ("SUCCESS_EVENTS", "YES", True),
-        ("SUCCESS_EVENTS", "no", False),
+        ("SUCCESS_EVENTS", "TRUE", True),
         ("WORKER_MODEL", "a.Worker", "a.Worker"),
     ],
 )
