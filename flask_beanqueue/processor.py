@@ -160,17 +160,10 @@ class Processor(t.Generic[P, R_co]):
 
     def __call__(self, /, *args: t.Any, **kwargs: t.Any) -> R_co:
         """Call the function, here and now. ``db``, ``task`` and ``savepoint`` are filled in as
-        in a worker where they are not given; ``task`` is None outside of one."""
-        missing = [name for name in self.injected if name not in kwargs]
-        if args and missing:
-            # Positions count as in the function, or else as in run(), without what is filled in.
-            try:
-                self._whole.bind(*args, **kwargs)
-                missing = []
-            except TypeError:
-                named = {name: kwargs.pop(name) for name in self.injected if name in kwargs}
-                kwargs = {**self.bind(args, kwargs), **named}
-                args = ()
+        in a worker where they are not given, by position or by name; ``task`` is None outside of
+        one."""
+        given = {*kwargs, *list(self._whole.parameters)[: len(args)]}
+        missing = [name for name in self.injected if name not in given]
         injected = self.queue.injection(missing)
         with injected.get("savepoint") or contextlib.nullcontext():
             return self.func(*args, **injected, **kwargs)

@@ -611,7 +611,7 @@ def test_a_plain_call_gets_the_session(app: Flask, db: SQLAlchemy, bq: BeanQueue
         assert look(number=1) == (db.session(), None, True, 1)
 
 
-def test_a_plain_call_takes_positions_as_run_does(
+def test_a_plain_call_takes_positions_as_the_function_does(
     app: Flask, db: SQLAlchemy, bq: BeanQueue
 ) -> None:
     @bq.processor()
@@ -620,10 +620,10 @@ def test_a_plain_call_takes_positions_as_run_does(
 
     with app.app_context():
         session = db.session()
-        assert look(1) == (session, None, 1)
-        assert look(1, plus=1) == (session, None, 2)
-        assert look(1, task="given") == (session, "given", 1)
-        with pytest.raises(ArgumentError, match="too many positional arguments"):
+        assert look(number=1) == (session, None, 1)
+        assert look("session", "task", 1) == ("session", "task", 1)
+        assert look("session", number=1, plus=1) == ("session", None, 2)
+        with pytest.raises(TypeError, match="positional arguments"):
             look(1, 2, 3, 4, 5)
 
 
