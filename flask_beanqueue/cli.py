@@ -14,7 +14,6 @@ from flask import Flask
 from flask.cli import AppGroup, NoAppException
 from flask.logging import default_handler
 
-from . import reloader
 from .arguments import ArgumentError
 from .claim import this_app
 from .config import ConfigError
@@ -26,6 +25,7 @@ from .listen import Source
 from .log import log
 from .queries import application_name
 from .registry import import_packages
+from .reloader import run_again
 from .supervisor import Place, Supervisor
 from .worker import Worker, WorkerDied
 
@@ -149,7 +149,7 @@ def worker_command(
                 burst=burst,
                 name=own,
                 source=source,
-                watched=not reloads,  # who reloads may stand in a debugger
+                watched=True,
             )
             if place is not None:
                 worker.takes_place(place.worker_id, place.predecessors)
@@ -182,15 +182,10 @@ def worker_command(
             error.show()
             return error.exit_code
 
-    def work_until_change() -> int:
-        worker = make()
-        return reloader.until_change(lambda: run(worker), worker.stop)
-
     with readable_errors():
         if reloads:
-            if processes > 1:
-                raise click.UsageError("--reload works with one process.")
-            code = work_until_change() if reloader.works() else reloader.start_again()
+            run_again(app, bq.config(app).SHUTDOWN_TIMEOUT)
+            code = 0
         elif processes > 1:
             # What is wrong is said once, not once in each process.
             worker = make()

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import psutil
 import pytest
 import sqlalchemy as sa
 from click.testing import Result
@@ -550,7 +549,6 @@ def test_processes_say_once_that_there_are_no_tables(processes: Processes) -> No
         (["default", ""], "channel must not be empty"),
         (["default", "--concurrency", "1000"], "1000 tasks at once need as many connections"),
         (["default", "--concurrency", "0"], "Invalid value for '-c' / '--concurrency'"),
-        (["default", "--reload", "--processes", "2"], "--reload works with one process"),
     ],
 )
 def test_a_worker_says_what_is_wrong(invoke: Invoke, arguments: list[str], words: str) -> None:
@@ -708,9 +706,9 @@ def test_a_worker_refuses_greenlets_in_place_of_threads(processes: Processes, pa
     assert "a worker needs real threads" in line
 
 
-@pytest.mark.parametrize("arguments", [["--processes", "2"], ["--reload"]])
-def test_workers_of_each_kind_refuse_greenlets(processes: Processes, arguments: list[str]) -> None:
-    process = green(processes, GREEN["gevent"], FLASK, "worker", "numbers", *arguments)
+def test_workers_of_several_processes_refuse_greenlets_once(processes: Processes) -> None:
+    arguments = "worker", "numbers", "--processes", "2"
+    process = green(processes, GREEN["gevent"], FLASK, *arguments)
     assert process.wait() == 1
     assert process.output.count("a worker needs real threads") == 1
 
@@ -1089,62 +1087,7 @@ def test_a_task_that_runs_when_code_changes_is_done_once(
     assert rows(database_url, "state, result, claims, attempts") == [("DONE", "one", 1, 1)]
 
 
-@pytest.mark.parametrize(
-    ("send", "number"),
-    [(Process.send, signal.SIGTERM), (Process.send_all, signal.SIGINT)],
-    ids=["SIGTERM", "Ctrl-C"],
-)
 def test_a_reloading_worker_lets_running_tasks_end(
-    reloaded: Reloaded,
-    database_url: str,
-    probe: Probe,
-    send: Callable[[Process, int], None],
-    number: int,
-) -> None:
-    worker = reloaded.start()
-    with probe.gate("waiting") as open_gate:
-        enqueue(database_url, "wait")
-        probe.wait("waiting")
-        [child] = psutil.Process(worker.pid).children()
-        send(worker, number)
-        worker.wait_line("stops")
-        assert psutil.Process(worker.pid).children() == [child]
-        open_gate()
-        assert worker.wait() == 0
-    assert not child.is_running()
-    assert rows(database_url, "state, claims") == [("DONE", 1)]
-
-
-@pytest.mark.parametrize(
-    ("send", "number", "second"),
-    [
-        (Process.send, signal.SIGTERM, signal.SIGQUIT),
-        (Process.send_all, signal.SIGINT, signal.SIGINT),
-    ],
-    ids=["SIGQUIT", "Ctrl-C"],
-)
-def test_a_reloading_worker_can_be_made_to_leave_at_once(
-    reloaded: Reloaded,
-    database_url: str,
-    probe: Probe,
-    send: Callable[[Process, int], None],
-    number: int,
-    second: int,
-) -> None:
-    worker = reloaded.start(BQ_SHUTDOWN_TIMEOUT=1000)
-    with probe.gate("waiting"):
-        enqueue(database_url, "wait")
-        probe.wait("waiting")
-        [child] = psutil.Process(worker.pid).children()
-        send(worker, number)
-        worker.wait_line("stops")
-        send(worker, second)
-        assert worker.wait() == 0
-        assert not child.is_running()
-    assert rows(database_url, "state, attempts, crashes") == [("PENDING", 0, 0)]
-
-
-def test_code_that_changes_after_a_signal_does_not_cut_tasks_short(
     reloaded: Reloaded, database_url: str, probe: Probe
 ) -> None:
     worker = reloaded.start()
@@ -1153,12 +1096,9 @@ def test_code_that_changes_after_a_signal_does_not_cut_tasks_short(
         probe.wait("waiting")
         worker.send(signal.SIGTERM)
         worker.wait_line("stops")
-        reloaded.write("the second")
-        worker.wait_line("Detected change")
         open_gate()
         assert worker.wait() == 0
-    assert rows(database_url, "state, result, claims") == [("DONE", "one", 1)]
-    assert "this is the second" not in worker.output
+    assert rows(database_url, "state, claims") == [("DONE", 1)]
 
 
 def test_code_that_cannot_be_loaded_is_waited_for(reloaded: Reloaded) -> None:
@@ -1166,20 +1106,14 @@ def test_code_that_cannot_be_loaded_is_waited_for(reloaded: Reloaded) -> None:
     worker.wait_line("flask_beanqueue")
     reloaded.write("the second", "and this is no code")
     worker.wait_line("SyntaxError")
-    worker.wait_line("it starts again when code changes")
     reloaded.write("the third")
     worker.wait_line("this is the third")
     worker.wait_line(READY, times=2)
-    reloaded.write("the fourth", "and this is no code")
-    worker.wait_line("it starts again when code changes", times=2)
-    assert worker.stop() != 0
+    assert worker.stop() == 0
 
 
-def test_a_reloading_worker_ends_as_its_worker_does(reloaded: Reloaded, database_url: str) -> None:
-    assert reloaded.start("--burst").wait() == 0
-    enqueue(database_url, "kill")
-    assert reloaded.start().wait() == 128 + signal.SIGKILL
-    query(database_url, "DROP TABLE bq_events")
-    worker = reloaded.start()
-    assert worker.wait() == 1
-    worker.wait_line("flask bq create-tables")
+def test_reload_says_what_it_needs(reloaded: Reloaded, tmp_path: Path) -> None:
+    (tmp_path / "watchfiles.py").write_text("raise ImportError('not installed')")
+    worker = reloaded.start(PYTHONPATH=str(tmp_path))
+    assert worker.wait() == 2
+    worker.wait_line("--reload needs watchfiles: pip install")
