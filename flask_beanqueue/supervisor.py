@@ -20,9 +20,9 @@ from .shutdown import Handlers, Relay, end_on_signals, flush, handling, leave
 
 #: Seconds after which a process counts as well started.
 STEADY = 5.0
-#: How often in a row a place's processes fail to start until it counts as one where none can.
+#: How often in a row each process, on average, fails to start until none counts as able to.
 ATTEMPTS = 3
-#: Seconds before each start while processes end early one after the other, or cannot be forked.
+#: Seconds before the next start while processes end early one after the other, or cannot be forked.
 PAUSE = 1.0
 #: How many predecessors a process is told of.
 REMEMBERED = 100
@@ -65,17 +65,18 @@ class Supervisor:
         self._replaces = replaces
         self._source = source
         self._bell = Bell()
-        #: The numbers of processes that are to be started, and when.
-        self._vacant = dict.fromkeys(range(processes), 0.0)
+        self._processes = processes
+        #: The numbers of processes that are to be started, and not before when.
+        self._vacant = list(range(processes))
+        self._start_at = 0.0
         self._children: dict[int, tuple[Place, float]] = {}
         #: By number, the workers that were there.
         self._dead: dict[int, tuple[uuid.UUID, ...]] = dict.fromkeys(range(processes), ())
-        #: By number, while there is to be a process: how many in a row have failed to start there.
-        self._failures = dict.fromkeys(range(processes), 0)
+        #: How many in a row have failed to start, and how many have ended early.
+        self._failures = self._early = 0
         #: By number, whether its worker has started; shared with the processes.
         self._started = mmap.mmap(-1, processes)
         self._lifeline = os.pipe()
-        self._early = 0
         self._relay = Relay(self._children)
         self._failed = False
 
@@ -107,7 +108,7 @@ class Supervisor:
 
     def _timeout(self) -> float | None:
         """Seconds until there is something to do without a signal and news."""
-        until = list(self._vacant.values())
+        until = [self._start_at] if self._vacant else []
         if self._source is not None and not self._source.listens:
             until.append(self._source.next_try)
         at = min(until, default=float("inf"))
@@ -127,41 +128,35 @@ class Supervisor:
         if self._relay.stopping:
             self._failed |= code != 0
             return
-        number = place.number
         if code == 0 and not self._replaces:
-            del self._failures[number]
             return
+        number = place.number
         how = f"was ended by signal {-code}" if code < 0 else f"left with exit code {code}"
-        early = lived < STEADY
-        self._early = self._early + 1 if early else 0
-        if not early or code == 0:
-            self._failures[number] = 0
-        elif code > 0 and not self._started[number]:  # otherwise, a task may have ended it
-            self._failures[number] += 1
-        if self._none_can_start():
+        # One that a signal has ended, or that had started, may have been ended by a task.
+        fails = code > 0 and not self._started[number]
+        self._failures = self._failures + 1 if fails else 0
+        if self._failures >= ATTEMPTS * self._processes and not self._any_works:
             log.error("Worker process %d (%d) %s; none can start: giving up", number + 1, pid, how)
             self._failed = True
             self._relay.stop()
             return
         log.error("Worker process %d (%d) %s; a new one takes its place", number + 1, pid, how)
         self._dead[number] = (*place.predecessors, place.worker_id)[-REMEMBERED:]
-        at = time.monotonic()
-        if self._early > 1:  # one after the other: N at a time would be given up too soon
-            at = max([at, *self._vacant.values()]) + PAUSE
-        self._vacant[number] = at
+        self._vacant.append(number)
+        self._early = self._early + 1 if lived < STEADY else 0
+        if self._early > 1:
+            self._start_at = time.monotonic() + PAUSE
 
-    def _none_can_start(self) -> bool:
-        """Whether all places fail, and no process is left that works."""
-        at = time.monotonic() - STEADY
-        works = any(since <= at for _, since in self._children.values())
-        return not works and min(self._failures.values()) >= ATTEMPTS
+    @property
+    def _any_works(self) -> bool:
+        return any(self._started[place.number] for place, _ in self._children.values())
 
     def _fill(self) -> None:
-        """Start the processes that are to be started by now."""
-        now = time.monotonic()
-        for number in [number for number, at in self._vacant.items() if at <= now]:
-            del self._vacant[number]
-            self._fork(Place(number, uuid7(), self._dead[number]))
+        """Start the processes that are missing, if it is time."""
+        if time.monotonic() >= self._start_at:
+            vacant, self._vacant = self._vacant, []
+            for number in vacant:
+                self._fork(Place(number, uuid7(), self._dead[number]))
 
     def _fork(self, place: Place) -> None:
         with self._relay.held() as mask:
@@ -176,7 +171,8 @@ class Supervisor:
                 log.error(
                     "Worker process %d cannot be started, and is tried again: %s", number + 1, error
                 )
-                self._vacant[number] = time.monotonic() + PAUSE
+                self._vacant.append(number)
+                self._start_at = time.monotonic() + PAUSE
                 return
             if pid == 0:
                 self._run_child(place, mask)

@@ -654,7 +654,7 @@ def test_a_process_that_is_killed_as_it_starts_is_replaced_after_a_pause(
 #: A supervisor of processes that are soon taken for well started.
 SUPERVISOR = """
 import itertools, os, signal, time
-from flask_beanqueue import supervisor
+from flask_beanqueue import supervisor, worker_started
 
 supervisor.STEADY, supervisor.PAUSE = 0.2, 0.01
 {start}
@@ -686,7 +686,9 @@ def start(place):
     os.write(starts, b".")
     number = os.fstat(starts).st_size
     print(place.worker_id, "follows", *place.predecessors)
-    time.sleep(number % 2 * supervisor.STEADY)
+    if number % 2:
+        worker_started.send()
+        time.sleep(supervisor.STEADY)
     return 1 if number < 6 else 0
 """
     supervisor = supervise(processes, 1, start)
@@ -707,7 +709,7 @@ steady = os.pipe()
 def start(place):
     tries = len(place.predecessors)
     if place.number == 0 and tries == supervisor.ATTEMPTS:
-        time.sleep(supervisor.STEADY)
+        worker_started.send()
         os.write(steady[1], b".")
         while True:
             signal.pause()
@@ -726,7 +728,7 @@ def test_a_process_that_has_worked_has_as_many_attempts_again(processes: Process
 def start(place):
     tries = len(place.predecessors)
     if tries % 3 == 2:
-        time.sleep(supervisor.STEADY)
+        worker_started.send()
     return 1 if tries < 7 else 0
 """
     assert supervise(processes, 1, start).wait() == 0
