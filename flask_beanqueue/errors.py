@@ -27,11 +27,6 @@ LETTERS = ("22P05", "22021")
 READ_ONLY = "25006"
 #: A transaction has failed, and is gone on with.
 FAILED_TRANSACTION = "25P02"
-#: Those by which PostgreSQL refuses a statement, whatever the values: it does not fit the tables,
-#: or a right is missing. They may also come from within a trigger, which meets some values only.
-MISFITS = ("0A", "3F", "42")
-#: Those by which it refuses to hand over a value: it cannot be converted, or is too long as text.
-OF_VALUES = ("22", "54", "XX")
 #: Those that no other connection changes; a prepared statement of another's is there on one only.
 HOPELESS, DUPLICATE_STATEMENT = ("3F", "42"), "42P05"
 #: Something is full, or too large.
@@ -67,11 +62,6 @@ def is_refusal(error: sa.exc.DBAPIError) -> bool:
     return bool(code) and not error.connection_invalidated and not code.startswith(PASSING)
 
 
-def is_misfit(error: sa.exc.DBAPIError) -> bool:
-    """Whether the database refuses a statement as such, or a trigger's."""
-    return is_refusal(error) and sqlstate(error).startswith(MISFITS)
-
-
 def is_hopeless(error: sa.exc.DBAPIError) -> bool:
     """Whether it cannot help to try again on another connection: PostgreSQL says that the statement
     does not fit the tables, or that a right is missing; or the driver takes no such URL.
@@ -85,11 +75,6 @@ def is_hopeless(error: sa.exc.DBAPIError) -> bool:
     if not code:
         return isinstance(error, sa.exc.ProgrammingError)
     return code.startswith(HOPELESS) and code != DUPLICATE_STATEMENT
-
-
-def may_be_of_values(error: sa.exc.DBAPIError) -> bool:
-    """Whether the database may have refused to hand over a value that it holds."""
-    return is_refusal(error) and sqlstate(error).startswith(OF_VALUES)
 
 
 def is_timeout(error: sa.exc.DBAPIError) -> bool:

@@ -121,7 +121,7 @@ def take_state(queue: Queue, connection: Connection, claim: Claim, task: t.Any) 
     if claim.settled:
         return
     over = task.state != PROCESSING  # or the processor has taken back what it set before
-    task.attempts = min(claim.attempts + over, 2**31 - 1)
+    task.attempts = claim.attempts + over
     set_finished_at(task)
     claim.ended_in = innermost(session) if over else None
 

@@ -23,7 +23,6 @@ class Heartbeat(threading.Thread):
     :param on_death: called when the worker finds itself declared dead, unless it leaves.
     :param on_loss: called when the thread ends for any other reason, unless it is to end.
     :param on_burial: called when it has declared others dead.
-    :param on_look: called each time that it has seen who is silent.
     """
 
     def __init__(
@@ -36,7 +35,6 @@ class Heartbeat(threading.Thread):
         on_death: t.Callable[[], None],
         on_loss: t.Callable[[], None],
         on_burial: t.Callable[[], None],
-        on_look: t.Callable[[], None] | None = None,
     ) -> None:
         super().__init__(name="beanqueue-heartbeat", daemon=True)
         self.line = Line(engine)
@@ -46,14 +44,12 @@ class Heartbeat(threading.Thread):
         self._on_death = on_death
         self._on_loss = on_loss
         self._on_burial = on_burial
-        self._on_look = on_look
         self._stopped = threading.Event()
         self._last_beat = time.monotonic()
         self._modest_until = 0.0
         #: Who was silent when it looked last, and since when by its own clock. The database's may
         #: be set forward or back, which is nobody's death.
         self._silent: dict[Silent, float] = {}
-        self._has_looked = False
         self._next_termination = 0.0
         #: Why backends of dead workers go on, by the last that was logged of it.
         self._said = ""
@@ -61,11 +57,6 @@ class Heartbeat(threading.Thread):
     def stop(self) -> None:
         self._stopped.set()
         self.join(timeout=5)
-
-    @property
-    def watches(self) -> bool:
-        """Whether others are silent and may be found dead, or that is not known or told yet."""
-        return not self._has_looked or bool(self._silent)
 
     def run(self) -> None:
         try:
@@ -105,7 +96,6 @@ class Heartbeat(threading.Thread):
         if now - self._last_beat > self._config.WORKER_HEARTBEAT_PERIOD + timeout / 4:
             # The database was out of reach, perhaps for all workers: let the others beat first.
             self._silent.clear()
-            self._has_looked = False
             self._modest_until = now + patience
         alive, silent = self._queries.beat(connection, self._worker_id, patience)
         if not alive:
@@ -126,9 +116,6 @@ class Heartbeat(threading.Thread):
             if buried:
                 self._on_burial()
             self._silent = {each: at for each, at in self._silent.items() if each.id not in buried}
-            self._has_looked = True
-            if self._on_look is not None:
-                self._on_look()
         return True
 
     def _bury(self, connection: Connection, dead: list[Silent]) -> set[uuid.UUID]:

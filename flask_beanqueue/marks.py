@@ -27,14 +27,8 @@ CLAIM_AFTER = 0.005
 LOOK_BUSY = 0.25
 #: Looks that in a row find what is due and cannot be had.
 IN_VAIN = 8
-#: Looks that in a row find what is due although claims get nothing of it, until that is looked
-#: into.
-FRUITLESS = 2
-#: Seconds for which what comes before the last of too many tasks that cannot be claimed is not
-#: looked for, from the first of them on: at least so many, and so many times as long as it takes to
-#: pass them over; at most so many, but so many times as long in any case.
-PASSED_OVER, PASSED_SHARE = 60.0, 20
-PASSED_LONGEST, PASSED_LEAST_SHARE = 600.0, 3
+#: Seconds for which a mark stays behind tasks that the database refuses.
+STAYS = 60.0
 #: Levels that are kept in mind although nothing waits there.
 MANY_LEVELS = 100
 
@@ -49,16 +43,11 @@ class Level:
     at: int = FRONT
     #: As text, which sorts as PostgreSQL sorts UUIDs.
     id: str = NIL
-    #: Where the mark was before it went back to the front; and how often in a row it has done so
-    #: although claims got nothing of what they went back for.
+    #: Where the mark was before it went back to the front.
     passed: tuple[int, str] | None = None
-    fruitless: int = 0
-    #: How far tasks have been passed over, since when, and how long that took; and until when it
-    #: holds.
-    over: tuple[int, str] = (FRONT, NIL)
-    over_since: float = 0.0
-    over_took: float = 0.0
-    over_until: float = 0.0
+    #: The last task that the database refused, and until when the mark stays behind it.
+    refused: tuple[int, str] | None = None
+    stays_until: float = 0.0
 
     @property
     def mark(self) -> tuple[int, str]:
@@ -71,32 +60,20 @@ class Level:
     def go_back(self, front: Front) -> None:
         """Let the next claim start at a task that the mark has passed."""
         self.passed = max(self.mark, self.passed or self.mark)
-        self.fruitless += 1
         self.mark = (front.at - 1, NIL)
 
-    def step_over(self, front: Front, now: float, took: float) -> None:
-        """Go on behind a task that cannot be claimed, and let it be for a while."""
-        if now >= self.over_until:
-            self.over, self.over_since, self.over_took = (FRONT, NIL), now, 0.0
-        self.over_took += took
-        self.mark = front.at, front.id
-        self.over = max(self.over, self.mark)
-        # Not from the last one on: new ones may come for ever, and what is before them waits.
-        self.over_until = self.over_since + max(
-            PASSED_OVER,
-            min(PASSED_SHARE * self.over_took, PASSED_LONGEST),
-            PASSED_LEAST_SHARE * self.over_took,
-        )
+    def step_over(self, front: Front, now: float) -> bool:
+        """Go on behind a task that the database refuses, and stay there for a while.
 
-    def is_over(self, front: Front, now: float) -> bool:
-        """Whether a task has been passed over a while ago."""
-        return now < self.over_until and (front.at, front.id) <= self.over
-
-    def take(self, claim: Claim) -> None:
-        """Move the mark behind what has been claimed."""
-        self.mark = claim.scheduled_at, claim.key
-        if self.passed is not None and self.mark <= self.passed:
-            self.fruitless = 0
+        :return: whether it is the first such task for a while.
+        """
+        first = now >= self.stays_until
+        # As long as one comes right after the other. Later ones put nothing off: they may come for
+        # ever, and what lies before them waits.
+        if first or self.mark == self.refused:
+            self.stays_until = now + STAYS
+        self.mark = self.refused = front.at, front.id
+        return first
 
     def return_(self) -> bool:
         """There is nothing left before the old mark: go on from there, and tell whether that is
@@ -160,7 +137,7 @@ class Marks:
         for claim in claims:
             level = self._levels.get((claim.channel, claim.priority))
             if level is not None:  # or a trigger has changed them
-                level.take(claim)
+                level.mark = claim.scheduled_at, claim.key
         if claims:
             self._fruitless = 0
         if len(claims) == wanted:
@@ -168,31 +145,13 @@ class Marks:
         returned = [level for level in self._levels.values() if level.return_()]
         return bool(returned)
 
-    def found_out(self) -> None:
-        """One of the tasks that cannot be claimed is known now: the next channel has its turn, and
-        the looks so far have not been in vain."""
-        self._turns += 1
-        self._fruitless = min(self._fruitless, FRUITLESS)
+    def step_over(self, front: Front) -> bool:
+        """Move a mark behind a task that the database refuses; the next channel has its turn.
 
-    def step_over(self, front: Front, took: float) -> float | None:
-        """Move a mark behind a task that cannot be claimed. Looks find it, and what else comes
-        before the mark, again after a while.
-
-        :param took: seconds that were spent on it.
-        :return: until when, if it is the first such task for a while.
+        :return: whether it is the first such task of its level for a while.
         """
-        level = self._levels[front.channel, front.priority]
-        now = time.monotonic()
-        first = now >= level.over_until
-        level.step_over(front, now, took)
-        return level.over_until if first else None
-
-    @property
-    def fruitless(self) -> bool:
-        """Whether claims get nothing of what is due: of all, or of what a mark goes back for."""
-        return self._fruitless >= FRUITLESS or any(
-            level.fruitless >= FRUITLESS for level in self._levels.values()
-        )
+        self._turns += 1
+        return self._levels[front.channel, front.priority].step_over(front, time.monotonic())
 
     def look_soon(self) -> None:
         """Let the next look come as early as it is wanted."""
@@ -231,18 +190,13 @@ class Marks:
             kept = {key: level for key, level in self._levels.items() if key in used}
             self._levels = kept or self._levels
         due = False
-        before = set()
         for front in look.fronts:
             level = self._levels.setdefault(
                 (front.channel, front.priority), Level(front.channel, front.priority)
             )
             if front.due_in <= 0:
                 due = True
-                if (front.at, front.id) <= level.mark and not level.is_over(front, now):
+                if (front.at, front.id) <= level.mark and now >= level.stays_until:
                     level.go_back(front)
-                    before.add((front.channel, front.priority))
-        for key, level in self._levels.items():
-            if key not in before:
-                level.fruitless = 0
         self._fruitless = self._fruitless + 1 if due else 0
         return due

@@ -71,6 +71,8 @@ class Outcome:
     exception: BaseException | None = None
     #: The log has it already.
     logged: bool = False
+    #: It could not be written at once, and the log says so.
+    kept: bool = False
 
     @property
     def is_plain(self) -> bool:
@@ -284,7 +286,6 @@ def fallbacks(outcome: Outcome, error: sa.exc.DBAPIError) -> t.Iterator[Outcome]
     )
     failure.spell("ascii")
     yield failure
-    yield dataclasses.replace(failure, event=None)
 
 
 def ended(claim: Claim, *, result: t.Any = None, error: str | None = None) -> Outcome:

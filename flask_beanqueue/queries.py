@@ -14,18 +14,11 @@ from .claim import Claim
 from .connection import SetupError
 from .listen import notifies, notify_name
 from .marks import EARLIEST, LATEST, Front, Level, Look
-from .models import PROCESSING, Models
+from .models import Models
 
 # The NOTIFY of a flush, as the driver takes it: to compile it, or to find what was compiled, takes
 # SQLAlchemy as long as the server takes for the whole.
 NOTIFY = "SELECT pg_notify(%(name)s, '')"
-
-
-class Unchanged(Exception):
-    """The database leaves a row as it is, and raises nothing."""
-
-    def __str__(self) -> str:
-        return "its row stays as it is; does a trigger return NULL?"
 
 
 class Silent(t.NamedTuple):
@@ -65,14 +58,7 @@ class Queries:
                 CASE WHEN CAST(:lock_timeout AS text) IS NOT NULL
                     THEN set_config('lock_timeout', :lock_timeout, true) END
         )"""
-        # The greatest integer, which raw SQL may have written. What is counted stays there; claims,
-        # which must differ from each other, begin anew.
-        self._names["most"] = str(2**31 - 1)
         has_parent = "parent_id" in models.task.__table__.c
-        # What the database does not let be claimed is left out by whatever looks for what waits.
-        # An array that is empty, as nearly always, costs nothing.
-        self._names["claimable"] = "t.id <> ALL (CAST(:refused AS uuid[]))"
-        only = "{claimable}", "t.id = CAST(:alone AS uuid)"
         # What tells a claim from others, see Claim.token.
         self._names["token"] = "CAST(t.id AS text) || '/' || t.claims"
 
@@ -83,25 +69,11 @@ class Queries:
         # NO KEY: rows that an open transaction refers to by foreign key are not skipped. The rows
         # are found again by ctid, which costs no index. Tasks that were in a crash are left out,
         # see claim_suspect. A row that was touched between the two parts comes back as nothing,
-        # so zero rows do not prove an empty queue; and one that comes back PENDING has been kept so
-        # by a trigger of the app's.
-        update = """
+        # so zero rows do not prove an empty queue.
+        claim = """
             UPDATE {tasks} SET state = 'PROCESSING', worker_id = :worker_id,
-                claims = claims % {most} + 1, parked = false, started_at = now()
-        """
-        claim = (
-            update + "WHERE ctid = ANY (ARRAY(SELECT picked.ctid {due})) RETURNING {claim}, state"
-        )
-        # One task alone, which tells whether it is the one that cannot be claimed: no row comes
-        # back if somebody else has it or has touched it, and one of NULLs if it stays as it is.
-        alone = f"""
-            WITH picked AS MATERIALIZED (SELECT picked.ctid {{found}}),
-            claimed AS (
-                {update} WHERE ctid = ANY (ARRAY(SELECT ctid FROM picked))
-                RETURNING {{claim}}, state
-            )
-            SELECT claimed.* FROM {{tasks}} AS t LEFT JOIN claimed ON true
-            WHERE t.ctid = ANY (ARRAY(SELECT ctid FROM picked))
+                claims = claims + 1, parked = false, started_at = now()
+            WHERE ctid = ANY (ARRAY(SELECT picked.ctid {due})) RETURNING {claim}
         """
         due = """
             FROM unnest(
@@ -113,16 +85,16 @@ class Queries:
                 WHERE t.state = 'PENDING'
                   AND t.channel = level.channel AND t.priority = level.priority
                   AND (t.scheduled_at, t.id) > ({level_at}, level.id)
-                  AND t.scheduled_at <= now() AND t.crashes < 1 AND {claimable}
+                  AND t.scheduled_at <= now() AND t.crashes < 1
                 ORDER BY t.scheduled_at, t.id LIMIT :limit
                 FOR NO KEY UPDATE SKIP LOCKED
             ) AS picked
             LIMIT :limit
         """
         self._names["due"] = due.format(**self._names)
-        self._claim = self._claiming(claim, alone.replace("{found}", due.replace(*only)))
+        self._claim = self._returning_claims(claim, arguments=True)
 
-        # What such a claim would take first, to pass over what cannot be claimed.
+        # What such a claim would take first, to step over what cannot be claimed.
         self._next = self._text("""
             SELECT level.channel, level.priority, {picked_at} AS at, CAST(picked.id AS text) AS id,
                 {picked_at} - {now} AS due_in
@@ -136,29 +108,26 @@ class Queries:
             FROM {tasks} WHERE id = :id AND claims = :claims
         """)
 
-        # The channels in which no task that was in a crash runs. One of which nothing could be
-        # written is PROCESSING, and runs no more. OFFSET keeps them by themselves: asked anew for
-        # each of the thousand tasks that a crash may leave, it would be asked a thousand times a
-        # thousand rows.
+        # The channels in which no task that was in a crash runs. OFFSET keeps them by themselves:
+        # asked anew for each of the thousand tasks that a crash may leave, it would be asked a
+        # thousand times a thousand rows.
         self._names["free"] = """(
             SELECT wanted.channel
             FROM unnest(CAST(:channels AS text[])) AS wanted (channel)
             WHERE NOT EXISTS (
                 SELECT FROM {tasks} AS t
                 WHERE t.state = 'PROCESSING' AND t.crashes > 0
-                  AND t.channel = wanted.channel AND NOT t.parked
-                  AND {token} <> ALL (CAST(:given_up AS text[])))
+                  AND t.channel = wanted.channel AND NOT t.parked)
             OFFSET 0
         ) AS free""".format(**self._names)
         suspects = """{tasks} AS t
             WHERE t.state = 'PENDING' AND t.crashes > 0
-              AND t.channel = free.channel AND t.scheduled_at <= now() AND {claimable}
+              AND t.channel = free.channel AND t.scheduled_at <= now()
         """
         self._names["suspects"] = suspects.format(**self._names)
 
         # A task that was in a crash is claimed and run alone. One worker at a time is so occupied
         # in a channel, however many tasks a crash left, so that the rest goes on meanwhile.
-        claim_suspect = claim.replace("{due}", "{suspect}")
         suspect = """
             FROM {free} CROSS JOIN LATERAL (
                 SELECT t.ctid, t.id FROM {suspects}
@@ -167,12 +136,9 @@ class Queries:
             ) AS picked
             LIMIT 1
         """
-        self._names["suspect"] = suspect.format(**self._names)
-        one = suspect.replace("{suspects}", suspects.replace(*only))
-        self._claim_suspect = self._claiming(claim_suspect, alone.replace("{found}", one))
-
-        # Which one that would take.
-        self._next_suspect = self._text("SELECT CAST(picked.id AS text) AS key {suspect}")
+        self._claim_suspect = self._returning_claims(
+            claim.replace("{due}", suspect), arguments=True
+        )
 
         # The look from the front: the first waiting row of each channel and priority, by hopping
         # through the index from one to the next (a loose index scan), and when the next task
@@ -186,13 +152,13 @@ class Queries:
             CROSS JOIN LATERAL (
                 WITH RECURSIVE front AS (
                     (SELECT channel, priority, scheduled_at, id FROM {tasks} AS t
-                     WHERE state = 'PENDING' AND channel = wanted.channel AND {claimable}
+                     WHERE state = 'PENDING' AND channel = wanted.channel
                      ORDER BY priority, scheduled_at, id LIMIT 1)
                     UNION ALL
                     SELECT later.* FROM front CROSS JOIN LATERAL (
                         SELECT channel, priority, scheduled_at, id FROM {tasks} AS t
                         WHERE state = 'PENDING' AND channel = wanted.channel
-                          AND priority > front.priority AND {claimable}
+                          AND priority > front.priority
                         ORDER BY priority, scheduled_at, id LIMIT 1
                     ) AS later
                 )
@@ -219,7 +185,7 @@ class Queries:
         # ten thousand rows.
         self._finish = self._text("""
             WITH {patience}
-            UPDATE {tasks} AS t SET state = 'DONE', attempts = LEAST(t.attempts, {most} - 1) + 1,
+            UPDATE {tasks} AS t SET state = 'DONE', attempts = t.attempts + 1,
                 result = COALESCE(CAST(done.result AS jsonb), t.result), error_message = NULL,
                 unknown_since = NULL, finished_at = clock_timestamp()
             FROM unnest(
@@ -234,7 +200,7 @@ class Queries:
 
         # The same for the one task whose transaction this is: planned in a third of the time.
         self._finish_one = self._text("""
-            UPDATE {tasks} SET state = 'DONE', attempts = LEAST(attempts, {most} - 1) + 1,
+            UPDATE {tasks} SET state = 'DONE', attempts = attempts + 1,
                 result = COALESCE(CAST(:result AS jsonb), result), error_message = NULL,
                 unknown_since = NULL, finished_at = clock_timestamp()
             WHERE ctid = CAST(:ctid AS tid) AND id = CAST(:id AS uuid) AND claims = :claims
@@ -259,11 +225,9 @@ class Queries:
                     error_message = CASE WHEN outcome.state = 'PENDING'
                         THEN COALESCE(outcome.error_message, t.error_message)
                         ELSE outcome.error_message END,
-                    attempts = LEAST(t.attempts, {most} - outcome.attempts) + outcome.attempts,
-                    crashes = LEAST(t.crashes, {most} - outcome.crashes) + outcome.crashes,
-                    interruptions =
-                        LEAST(t.interruptions, {most} - outcome.interruptions)
-                        + outcome.interruptions,
+                    attempts = t.attempts + outcome.attempts,
+                    crashes = t.crashes + outcome.crashes,
+                    interruptions = t.interruptions + outcome.interruptions,
                     parked = outcome.parked,
                     unknown_since = CASE WHEN outcome.unknown
                         THEN COALESCE(t.unknown_since, clock_timestamp()) END,
@@ -402,6 +366,13 @@ class Queries:
             RETURNING id
         """).columns(id=postgresql.UUID(as_uuid=True))
 
+        # For those that have not beaten for so long, by the database's clock alone.
+        self._bury_overdue = self._text("""
+            UPDATE {workers} SET state = 'NO_HEARTBEAT'
+            WHERE state = 'RUNNING'
+              AND last_heartbeat < now() - CAST(:timeout AS float8) * interval '1 second'
+        """)
+
         # For those of which it is known.
         self._bury = self._text("""
             UPDATE {workers} SET state = 'NO_HEARTBEAT'
@@ -463,16 +434,6 @@ class Queries:
     def _text(self, sql: str) -> sa.TextClause:
         return sa.text(sql.format(**self._names))
 
-    def _claiming(self, sql: str, alone: str) -> dict[bool, t.Any]:
-        """Statements that claim, by whether one task alone.
-
-        :param alone: the SQL for one task.
-        """
-        return {
-            one: self._returning_claims(alone if one else sql, arguments=True)
-            for one in (False, True)
-        }
-
     def _returning_claims(self, sql: str, *, arguments: bool = False) -> t.Any:
         """A statement whose rows make up claims.
 
@@ -498,24 +459,14 @@ class Queries:
         worker_id: uuid.UUID,
         levels: t.Sequence[Level],
         limit: int,
-        refused: t.Collection[str] = (),
-        *,
-        alone: str | None = None,
         most: int = 8_000,
     ) -> list[Claim]:
         """Claim up to ``limit`` due tasks behind the levels' marks, in the queue's order.
 
-        :param refused: keys of tasks to leave out.
-        :param alone: the key of the only task to claim; ``refused`` is not asked for it.
         :param most: bytes of the arguments that a claim may bring; larger ones it is without.
-        :raises Unchanged: if the one that is claimed alone stays as it is.
         """
-        wanted = behind(levels, limit, refused)
-        rows = connection.execute(
-            self._claim[alone is not None],
-            {"worker_id": worker_id, "alone": alone, "most": most, **wanted},
-        )
-        claims = claimed(rows.all(), alone)
+        wanted = {"worker_id": worker_id, "most": most, **behind(levels, limit)}
+        claims = [Claim(*row) for row in connection.execute(self._claim, wanted)]
         claims.sort(key=lambda claim: (claim.priority, claim.scheduled_at, claim.key))
         return claims
 
@@ -524,46 +475,22 @@ class Queries:
         connection: Connection,
         worker_id: uuid.UUID,
         channels: t.Sequence[str],
-        refused: t.Collection[str] = (),
-        given_up: t.Collection[str] = (),
-        *,
-        alone: str | None = None,
         most: int = 8_000,
     ) -> Claim | None:
         """Claim one due task that was in a crash, unless another such task runs.
 
-        :param refused: keys of tasks to leave out.
-        :param given_up: tokens of claims of such tasks that run no more, although PROCESSING.
-        :param alone: the key of the only task to claim; ``refused`` is not asked for it.
         :param most: bytes of the arguments that the claim may bring; larger ones it is without.
-        :raises Unchanged: if that stays as it is.
         """
-        wanted = suspects(channels, refused, given_up)
-        rows = connection.execute(
-            self._claim_suspect[alone is not None],
-            {"worker_id": worker_id, "alone": alone, "most": most, **wanted},
-        )
-        return next(iter(claimed(rows.all(), alone)), None)
+        wanted = {"worker_id": worker_id, "most": most, "channels": list(channels)}
+        row = connection.execute(self._claim_suspect, wanted).first()
+        return None if row is None else Claim(*row)
 
-    def next(
-        self, connection: Connection, levels: t.Sequence[Level], refused: t.Collection[str]
-    ) -> Front | None:
+    def next(self, connection: Connection, levels: t.Sequence[Level]) -> Front | None:
         """Return the first task that :meth:`claim` would claim."""
-        row = connection.execute(self._next, behind(levels, 1, refused)).first()
+        row = connection.execute(self._next, behind(levels, 1)).first()
         if row is None:
             return None
         return Front(row.channel, row.priority, row.at, row.id, row.due_in / 1e6)
-
-    def next_suspect(
-        self,
-        connection: Connection,
-        channels: t.Sequence[str],
-        refused: t.Collection[str],
-        given_up: t.Collection[str],
-    ) -> str | None:
-        """Return the key of the task that :meth:`claim_suspect` would claim."""
-        row = connection.execute(self._next_suspect, suspects(channels, refused, given_up)).first()
-        return None if row is None else str(row.key)
 
     def arguments(self, connection: Connection, claim: Claim, largest: int) -> str | None:
         """Return the arguments of a claimed task as JSON; None if they take more bytes than
@@ -577,15 +504,9 @@ class Queries:
         statement = sa.select(expression).select_from(tasks).where(tasks.c.id == claim.id)
         return connection.execute(statement).scalar_one()
 
-    def look(
-        self,
-        connection: Connection,
-        channels: t.Sequence[str],
-        refused: t.Collection[str] = (),
-        given_up: t.Collection[str] = (),
-    ) -> Look:
-        """Look from the front of the channels' queues, as :meth:`claim_suspect` does."""
-        wanted = suspects(channels, refused, given_up)
+    def look(self, connection: Connection, channels: t.Sequence[str]) -> Look:
+        """Look from the front of the channels' queues, and for tasks that were in a crash."""
+        wanted = {"channels": list(channels)}
         rows = connection.execute(self._look, wanted).all()
         any_suspect = connection.execute(self._suspects, wanted).scalar_one()
         return Look(
@@ -781,6 +702,10 @@ class Queries:
         ids, beats = [each.id for each in silent], [each.beat for each in silent]
         return set(connection.scalars(self._bury_silent, {"ids": ids, "beats": beats}))
 
+    def bury_overdue(self, connection: Connection, timeout: float) -> None:
+        """Declare workers dead that have not beaten for ``timeout`` seconds."""
+        connection.execute(self._bury_overdue, {"timeout": timeout})
+
     def bury(self, connection: Connection, worker_ids: t.Iterable[uuid.UUID]) -> None:
         """Declare workers dead whose processes have ended, unless they left in order."""
         connection.execute(self._bury, {"ids": list(worker_ids)})
@@ -814,17 +739,6 @@ class Queries:
         return [Claim(*row) for row in connection.execute(self._mine, {"worker_id": worker_id})]
 
 
-def claimed(rows: t.Sequence[t.Any], alone: str | None) -> list[Claim]:
-    """What a claim returned.
-
-    :raises Unchanged: if the task that was to be claimed alone was there and is not claimed.
-    """
-    claims = [Claim(*row[:-1]) for row in rows if row[-1] == PROCESSING]
-    if alone is not None and rows and not claims:
-        raise Unchanged
-    return claims
-
-
 def quote(table: sa.Table) -> str:
     """A table's name as text() takes it: it doubles percent signs, which the dialect does, too, and
     takes what follows a colon for a parameter."""
@@ -832,23 +746,15 @@ def quote(table: sa.Table) -> str:
     return str(preparer.format_table(table)).replace("%%", "%").replace(":", r"\:")
 
 
-def behind(levels: t.Sequence[Level], limit: int, refused: t.Collection[str]) -> dict[str, t.Any]:
-    """How a claim is told where the levels' marks are, and what to leave out."""
+def behind(levels: t.Sequence[Level], limit: int) -> dict[str, t.Any]:
+    """How a claim is told where the levels' marks are."""
     return {
         "channels": [level.channel for level in levels],
         "priorities": [level.priority for level in levels],
         "ats": [level.at for level in levels],
         "ids": [level.id for level in levels],
         "limit": limit,
-        "refused": array(refused),
     }
-
-
-def suspects(
-    channels: t.Sequence[str], refused: t.Collection[str], given_up: t.Collection[str]
-) -> dict[str, t.Any]:
-    """How it is told where to look for a task that was in a crash."""
-    return {"channels": list(channels), "refused": array(refused), "given_up": array(given_up)}
 
 
 def micros(time: str) -> str:

@@ -121,7 +121,6 @@ class Worker:
             self._marks,
             config.BATCH_SIZE,
             config.largest_held,
-            self._writer.given_up,
         )
         self._suspect = Suspect()
         self._source = source or self.listener()
@@ -140,13 +139,8 @@ class Worker:
         self._stuck_at = 0.0
         #: Tokens of the claims that have been named as stuck.
         self._stuck: set[str] = set()
-        #: Whether all of dead workers was taken over since the last claim.
-        self._taken_over = False
         self._stopping = False
         self._heartbeat: Heartbeat | None = None
-        #: Until when a burst that is through waits for what the heartbeat may find, or for locks.
-        self._awaits_until: float | None = None
-        self._must_ask_again = False
         self._grace_until = float("inf")
         self._attend_at = 0.0
         #: Why it cannot go on, once that is so.
@@ -222,6 +216,9 @@ class Worker:
             queries.add_worker(self._line.connection, self.id, self.name, self.channels)
             if self._predecessors:
                 queries.bury(self._line.connection, self._predecessors)
+            if self.burst:  # where there are none but bursts, nobody else finds out
+                queries.bury_overdue(self._line.connection, timeout)
+                queries.terminate(self._line.connection)
             self._heartbeat = heartbeat = Heartbeat(
                 self.engine,
                 queries,
@@ -230,7 +227,6 @@ class Worker:
                 on_death=self._declared_dead,
                 on_loss=self._lost_heartbeat,
                 on_burial=self._take_over_soon,
-                on_look=self._bell.ring if self.burst else None,
             )
             heartbeat.start()
             try:
@@ -310,7 +306,7 @@ class Worker:
                 for at, act in self._agenda:
                     if time.monotonic() >= at:
                         act()
-                if self._is_through():
+                if self._is_through:
                     break
             except TROUBLE as error:
                 self._fail(error)
@@ -349,34 +345,11 @@ class Worker:
             )
         self._stuck = {claim.token for claim in began}
 
+    @property
     def _is_through(self) -> bool:
         """Whether a burst has done what is due, also what dead workers left behind."""
-        if not self.burst or not self._empty or self._writer.held:
-            return False
-        if self._awaits_others():
-            self._must_ask_again = True
-            return False
-        if self._must_ask_again:
-            # Who was silent may be dead: declared so by this worker, or by another.
-            self._must_ask_again = False
-            self._ask_again()
-            return False
-        if not self._taken_over:
-            self._take_over()
-        return self._empty
-
-    def _awaits_others(self) -> bool:
-        """Whether a burst that is through waits for the heartbeat to tell who is dead, or to write
-        what it has taken over. Where there are none but bursts, nobody else ever does what a dead
-        worker held."""
-        now = time.monotonic()
-        watches = self._heartbeat is not None and self._heartbeat.watches
-        if not watches and not self._writer.waits:
-            return False
-        if self._awaits_until is None:
-            # That takes a timeout, and longer if the database was out of reach meanwhile.
-            self._awaits_until = now + 2 * self.config.WORKER_HEARTBEAT_TIMEOUT
-        return now < self._awaits_until
+        idle = self.burst and self._empty and not self._writer.held
+        return idle and time.monotonic() < self._take_over_at
 
     def _leave(self, heartbeat: Heartbeat) -> None:
         """Give back what has not started, wait for what runs, and say goodbye."""
@@ -453,8 +426,6 @@ class Worker:
                 return
             self._writer.held.update(claims)
             self._crew.add(claims)
-            if claims:
-                self._awaits_until = None
             if self._marks.passed(claims, wanted):
                 return
             enough = len(claims) == wanted
@@ -469,7 +440,7 @@ class Worker:
         :return: whether there is anything to claim.
         """
         start = time.monotonic()
-        look = self._claimer.look(connection)
+        look = self.queue.queries.look(connection, self.channels)
         now = time.monotonic()
         due = self._marks.seen(look, now - start)
         self._looked = True
@@ -477,6 +448,8 @@ class Worker:
         if welcome and self._claim_suspect(connection):
             return False
         self._empty = not due or self._marks.in_vain
+        if self._empty and self.burst:
+            self._take_over_at = 0.0
         if not due:
             pause = self._poll_timeout if look.next_due is None else look.next_due
             self._quiet_until = now + min(pause, self._poll_timeout)
@@ -488,7 +461,6 @@ class Worker:
             return False
         self._writer.held.add(claim)
         self._suspect.took(claim)
-        self._awaits_until = None
         return True
 
     @property
@@ -513,7 +485,7 @@ class Worker:
 
     def _ask_again(self) -> None:
         self._quiet_until = 0.0
-        self._empty = self._taken_over = False
+        self._empty = False
 
     # Taking over.
 
@@ -529,14 +501,14 @@ class Worker:
         self._take_over_at = time.monotonic() + timeout
         try:
             anew, self._more_dead = self._more_dead, False
-            self._taken_over = self._writer.take_over(
+            all_of_them = self._writer.take_over(
                 self._line.connection, self.config.MAX_CRASHES, anew=anew
             )
         except TROUBLE:
             # Or at once, if the heartbeat has found others meanwhile.
             self._take_over_at = min(self._take_over_at, time.monotonic() + timeout / 4)
             raise
-        if not self._taken_over:
+        if not all_of_them:
             self._take_over_at = 0.0  # the rest, after what else is to be done
 
     # Finishing.
@@ -625,8 +597,6 @@ class Worker:
                 until.append(self._quiet_until)
             if self.config.LISTEN and not self._source.listens:
                 until.append(self._source.next_try)
-            if self._awaits_until is not None and self._awaits_until > now:
-                until.append(self._awaits_until)
         return max(min(until) - now, 0.0)
 
     @property
@@ -684,7 +654,6 @@ class Worker:
         self._strays_at = time.monotonic() + timeout
         self._marks.look_soon()
         self._ask_again()
-        self._awaits_until = None
 
     def _give_back_strays(self) -> None:
         self._strays_at = float("inf")

@@ -65,17 +65,12 @@ class Writer:
         #: Those whose rows somebody else has locked, and when they are tried again.
         self._locked: dict[Claim, Outcome] = {}
         self._locked_until = 0.0
-        #: Claims whose rows are not locked, and whose outcomes take too long all the same: a
-        #: trigger of the app's own wants some other lock, say. They are written one by one.
-        self._stalled: set[Claim] = set()
         #: Claims whose outcome may have been written although the answer was lost.
         self._unsure: set[Claim] = set()
         #: What is still to be tried where the database refuses an outcome.
         self._fallbacks: dict[Claim, t.Iterator[Outcome]] = {}
         #: How many tasks have run here, by the state that they got.
         self.ended: collections.Counter[str] = collections.Counter()
-        #: Tokens of claims of which nothing could be written; their tasks stay PROCESSING.
-        self.given_up: set[str] = set()
 
     @property
     def next_try(self) -> float:
@@ -83,11 +78,6 @@ class Writer:
         if self._backlog:
             return 0.0
         return self._locked_until if self._locked else float("inf")
-
-    @property
-    def waits(self) -> bool:
-        """Whether there is anything to write, now or later."""
-        return bool(self._backlog or self._locked)
 
     def keeps(self, claim: Claim) -> bool:
         """Whether its outcome is known, and waits for a lock."""
@@ -114,7 +104,6 @@ class Writer:
         """Hold a claim no longer: there is nothing left to write of it."""
         self._forget(claim)
         self._unsure.discard(claim)
-        self._stalled.discard(claim)
         self._fallbacks.pop(claim, None)
         self.held.discard(claim)
         self._on_release(claim, waits)
@@ -149,7 +138,7 @@ class Writer:
         if anew:
             self._after = None
         if len(self._backlog) < TAKE_OVER_SIZE:
-            known = {claim.token for claim in self._in_hand} | self.given_up
+            known = {claim.token for claim in self._in_hand}
             orphans = self._queue.queries.orphans(connection, self._after, TAKE_OVER_SIZE, known)
             for claim, left in orphans:
                 self.add(
@@ -161,7 +150,7 @@ class Writer:
 
     def give_back_strays(self, connection: Connection, worker_id: uuid.UUID) -> None:
         """Give back claims that were committed although the answer was lost with a connection."""
-        known = {claim.token for claim in self._in_hand} | self.given_up
+        known = {claim.token for claim in self._in_hand}
         mine = self._queue.queries.mine(connection, worker_id)
         strays = [claim for claim in mine if claim.token not in known]
         self.held.update(strays)
@@ -180,7 +169,6 @@ class Writer:
                 self.add(outcome)
         while self._backlog and time.monotonic() < until:
             waiting = list(self._backlog.values())
-            waiting = [each for each in waiting if each.claim not in self._stalled] or waiting[:1]
             # One kind at a time goes into one statement, of which nothing is left if it fails.
             plain = [each for each in waiting if each.is_plain]
             self._write_part(connection, first_part(plain or waiting, self._most))
@@ -207,8 +195,8 @@ class Writer:
             self._most = max(len(part) // 2, 1)
             if len(part) > 1:
                 return
-            if is_timeout(error):
-                self._stall(part[0], error)
+            if is_timeout(error):  # a trigger of the app's own wants some other lock, say
+                self._keep(part, reason(error))
                 return
             # What would refuse any outcome is no fault of this one.
             self._queue.queries.check_outcomes(connection, plain=plain)
@@ -236,17 +224,6 @@ class Writer:
                 outcomes.lost(outcome, cancelled=outcome.claim.key in cancelled)
             self.release(outcome.claim)
 
-    def _stall(self, outcome: Outcome, error: BaseException) -> None:
-        """Keep an outcome for later, and with it others like it: they would take as long. It goes
-        behind them, so that each gets its turn."""
-        others = [
-            each
-            for each in self._backlog.values()
-            if each.claim in self._stalled and each is not outcome
-        ]
-        self._keep([*others, outcome], reason(error))
-        self._stalled.add(outcome.claim)
-
     def _fall_back(self, outcome: Outcome, error: sa.exc.DBAPIError) -> None:
         """Let something else be written in place of an outcome that the database refuses."""
         claim = outcome.claim
@@ -256,7 +233,6 @@ class Writer:
             self.add(instead)
             return
         log.error("%s stays %s: nothing can be written of it", claim.label, PROCESSING)
-        self.given_up.add(claim.token)
         self.release(claim)
 
     def _unlocked(self, connection: Connection, part: list[Outcome]) -> list[Outcome]:
@@ -272,13 +248,14 @@ class Writer:
         """Keep what cannot be written now for later."""
         for outcome in part:
             claim = outcome.claim
-            if claim not in self._locked and claim not in self._stalled:
+            if not outcome.kept:
                 log.warning(
                     "%s cannot be ended yet: %s",
                     claim.label,
                     why,
                     extra=claim.log_extra(),
                 )
+            outcome.kept = True
             self._forget(claim)
             self._locked[claim] = outcome
         self._locked_until = time.monotonic() + LOCKED_AGAIN

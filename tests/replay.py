@@ -523,8 +523,7 @@ class Replay:
 
     def lose_claim(self, w: Worker, statement: model.Statement) -> None:
         claims = self._queries._claim, self._queries._claim_suspect
-        statements = [each for kinds in claims for each in kinds.values()]
-        connection: Any = Unanswered(w.line.connection, *statements)
+        connection: Any = Unanswered(w.line.connection, *claims)
         with contextlib.suppress(sa.exc.OperationalError):
             if statement.action == "claim":
                 self._claim(connection, w, statement.task)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import sqlalchemy as sa
 
-from flask_beanqueue.errors import is_hopeless, is_misfit, is_refusal, is_timeout, reason
+from flask_beanqueue.errors import is_hopeless, is_refusal, is_timeout, reason
 
 
 class DriverError(Exception):
@@ -64,25 +64,8 @@ def test_only_what_fits_no_table_is_not_tried_again(
     assert not is_hopeless(raised("SELECT", {}, DriverError(sqlstate), connection_invalidated=True))
 
 
-@pytest.mark.parametrize(
-    ("sqlstate", "misfit"),
-    [
-        ("0A000", True),  # feature not supported
-        ("3F000", True),  # no such schema
-        ("42501", True),  # insufficient privilege
-        ("42703", True),  # undefined column
-        ("22003", False),
-        ("40001", False),
-        (None, False),
-    ],
-)
-def test_a_misfit_may_be_refused_whatever_the_values(sqlstate: str | None, misfit: bool) -> None:
-    assert is_misfit(error(sqlstate)) is misfit
-
-
 def test_a_lost_connection_refuses_nothing() -> None:
     assert not is_refusal(error("22003", lost=True))
-    assert not is_misfit(error("42703", lost=True))
 
 
 @pytest.mark.parametrize(

@@ -284,24 +284,3 @@ def test_a_worker_that_leaves_while_a_beat_hangs_has_not_died(
     heartbeat.stop()
     assert not heartbeat.is_alive()
     assert deaths == []
-
-
-def test_who_is_silent_is_not_known_while_the_database_is_out_of_reach(
-    make_heartbeat: MakeHeartbeat, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    heartbeat = make_heartbeat()
-    assert heartbeat.watches
-    assert heartbeat.beat()
-    assert not heartbeat.watches
-    clock.now += 15
-
-    def fail(*args: Any) -> Any:
-        raise sa.exc.OperationalError("SELECT", {}, Exception("gone"))
-
-    with monkeypatch.context() as away:
-        away.setattr(heartbeat._queries, "beat", fail)
-        with pytest.raises(sa.exc.OperationalError):
-            heartbeat.beat()
-    assert heartbeat.watches
-    assert heartbeat.beat()
-    assert not heartbeat.watches

@@ -14,10 +14,8 @@ from flask_beanqueue.marks import (
     IN_VAIN,
     MANY_LEVELS,
     NIL,
-    PASSED_OVER,
-    PASSED_SHARE,
+    STAYS,
     Front,
-    Level,
     Look,
     Marks,
 )
@@ -81,31 +79,26 @@ def test_channels_of_one_priority_come_first_in_turn() -> None:
     assert sorted(firsts) == ["a", "b", "c"]
 
 
-def test_what_was_passed_over_is_left_alone_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mark_stays_behind_what_was_refused_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=lambda: now))
     marks = Marks(["default"])
-    first, second = (Front("default", 0, at, str(uuid.UUID(int=9)), -1.0) for at in (1, 2))
-    assert marks.step_over(first, 1.0) == now + PASSED_OVER
-    now += 10.0
-    assert marks.step_over(second, 9.0) is None
+    first, second, third = (
+        Front("default", 0, at, str(uuid.UUID(int=9)), -1.0) for at in (1, 2, 5)
+    )
     [level] = marks.turn()
+    assert marks.step_over(first)
+    now += 10.0
+    assert not marks.step_over(second), "right after the first, so the time begins anew"
     assert level.mark == (2, second.id)
-    now += 10 * PASSED_SHARE - 11
+    now += STAYS - 1
     assert marks.seen(Look([first], None, False), 0.0)
     assert level.mark == (2, second.id)
+    marks.passed([CLAIM], wanted=1)
+    assert not marks.step_over(third), "something was claimed between them: it does not"
     now += 1
     marks.seen(Look([first], None, False), 0.0)
     assert level.mark == (0, NIL)
-
-
-def test_passing_over_takes_a_third_of_the_time_at_most() -> None:
-    now = 1000.0
-    level = Level("default", 0)
-    for at in range(1000):
-        now += 1.0
-        level.step_over(Front("default", 0, at, NIL, -1.0), now, 1.0)
-    assert level.over_until == 1001.0 + 3000.0
 
 
 def test_claims_move_the_mark_of_their_own_level_only() -> None:
@@ -123,47 +116,6 @@ def test_a_claim_that_got_too_little_comes_again_before_the_next_look() -> None:
     assert marks.next_claim(took=0.001) == marks.next_look, "nothing could be had"
     marks.passed([CLAIM], wanted=2)
     assert now < marks.next_claim(took=0.001) < now + 0.5 < marks.next_look
-
-
-def test_tasks_that_were_passed_over_earlier_do_not_count_with_those_of_now(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    now = 1000.0
-    monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=lambda: now))
-    marks = Marks(["default"])
-    first, good, last = (Front("default", 0, at, str(uuid.UUID(int=9)), -1.0) for at in (1, 40, 50))
-    marks.step_over(last, 0.0)
-    now += 3600.0
-    marks.step_over(first, 0.0)
-    [level] = marks.turn()
-    level.mark = last.at, last.id
-    marks.seen(Look([good], None, False), 0.0)
-    assert level.mark < (good.at, good.id)
-
-
-def test_a_mark_that_goes_back_for_nothing_is_found_out_beside_a_backlog() -> None:
-    marks = Marks(["default"])
-    marks.passed([CLAIM], wanted=1)
-    for _ in range(2):
-        assert not marks.fruitless
-        marks.seen(look(0), 0.0)
-        assert marks.passed([], wanted=1), "there may be more at the old mark"
-        assert not marks.passed([CLAIM], wanted=1)
-    assert marks.fruitless
-    # And it is over as soon as nothing is there any more.
-    marks.seen(look(0, at=9), 0.0)
-    marks.passed([CLAIM], wanted=1)
-    assert not marks.fruitless
-
-
-def test_a_mark_that_goes_back_for_something_is_not_in_vain() -> None:
-    marks = Marks(["default"])
-    for _ in range(4):
-        [level] = marks.turn()
-        level.mark = 5, str(uuid.UUID(int=1))
-        marks.seen(look(0), 0.0)
-        marks.passed([CLAIM], wanted=2)
-        assert not marks.fruitless
 
 
 def test_a_mark_that_has_gone_further_than_it_was_returns_nowhere() -> None:

@@ -19,7 +19,6 @@ from flask_sqlalchemy import SQLAlchemy
 from flask_sqlalchemy.record_queries import get_recorded_queries
 
 from flask_beanqueue import BeanQueue, LimitAttempt
-from flask_beanqueue.claimer import Claimer
 from flask_beanqueue.crew import HORIZON
 from flask_beanqueue.marks import Front, Marks
 from flask_beanqueue.queries import application_name
@@ -1093,21 +1092,20 @@ def test_what_succeeds_while_events_are_forbidden_is_written(
         wait_until(lambda: query(database_url, ended, "bad") == [("FAILED",)])
 
 
-def test_what_is_urgent_does_not_wait_until_all_that_cannot_be_claimed_is_passed_over(
+def test_what_is_urgent_does_not_wait_until_all_that_cannot_be_claimed_is_stepped_over(
     app: Flask,
     db: SQLAlchemy,
     bq: BeanQueue,
     database_url: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("flask_beanqueue.claimer.MOST_REFUSED", 2)
     passed: list[str] = []
     before: list[int] = []
     step_over = Marks.step_over
 
-    def count(self: Marks, front: Front, took: float) -> Any:
+    def count(self: Marks, front: Front) -> Any:
         passed.append(front.id)
-        return step_over(self, front, took)
+        return step_over(self, front)
 
     monkeypatch.setattr(Marks, "step_over", count)
 
@@ -1133,21 +1131,11 @@ def test_what_is_urgent_does_not_wait_until_all_that_cannot_be_claimed_is_passed
     assert max(before) < 900
 
 
-@pytest.mark.parametrize("body", ["RAISE EXCEPTION 'no'", "RETURN NULL"])
-def test_a_burst_does_not_end_before_all_that_cannot_be_claimed_is_passed_over(
-    app: Flask,
-    db: SQLAlchemy,
-    bq: BeanQueue,
-    note: Any,
-    database_url: str,
-    monkeypatch: pytest.MonkeyPatch,
-    body: str,
+def test_a_burst_does_not_end_before_all_that_cannot_be_claimed_is_stepped_over(
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, note: Any, database_url: str
 ) -> None:
-    monkeypatch.setattr("flask_beanqueue.claimer.MOST_REFUSED", 2)
-    monkeypatch.setattr("flask_beanqueue.marks.IN_VAIN", 4)
-    monkeypatch.setattr("flask_beanqueue.marks.LOOK_BUSY", 0.05)
     on, condition = "BEFORE UPDATE ON bq_tasks", "NEW.func_name = 'bad'"
-    query(database_url, trigger("refuse", on, body, condition=condition))
+    query(database_url, trigger("refuse", on, "RAISE EXCEPTION 'no'", condition=condition))
     query(
         database_url,
         "INSERT INTO bq_tasks (module, func_name) SELECT 'a', 'bad' FROM generate_series(1, 400)",
@@ -1169,50 +1157,6 @@ def test_a_trigger_that_changes_where_a_task_belongs_disturbs_no_worker(
             note.enqueue(number=number)
             db.session.commit()
             log.wait(number)
-
-
-def test_rows_that_a_trigger_leaves_as_they_are_hold_up_nothing_beside_a_backlog(
-    app: Flask,
-    db: SQLAlchemy,
-    bq: BeanQueue,
-    log: Log,
-    database_url: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """They come before the mark, and looks are slow."""
-    look = Claimer.look
-
-    def look_slowly(*args: Any) -> Any:
-        time.sleep(0.02)
-        return look(*args)
-
-    monkeypatch.setattr(Claimer, "look", look_slowly)
-
-    @bq.processor()
-    def work(name: str) -> None:
-        time.sleep(0.01)
-        log.add(name)
-
-    @bq.processor()
-    def left() -> None:
-        pass
-
-    hours = datetime.timedelta(hours=1)
-    now = datetime.datetime.now(datetime.UTC)
-    with app.app_context():
-        work.enqueue_many({"name": "backlog"} for _ in range(1500))
-        db.session.commit()
-        with running(app, bq, concurrency=2):
-            log.wait(50)
-            on = "BEFORE UPDATE ON bq_tasks"
-            query(
-                database_url, trigger("keep", on, "RETURN NULL", condition="NEW.func_name = 'left'")
-            )
-            left.using(scheduled_at=now - 2 * hours).enqueue_many({} for _ in range(60))
-            work.using(scheduled_at=now - hours).enqueue(name="given back")
-            db.session.commit()
-            log.wait(1501)
-    assert log.index("given back") < 1000
 
 
 def test_a_debugger_that_starts_the_threads_is_no_library_of_greenlets(

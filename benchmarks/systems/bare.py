@@ -127,7 +127,7 @@ def add_worker(cursor: Any) -> str:
 
 def claim_from(level: Level, worker_id: str, limit: int) -> dict[str, Any]:
     """The parameters of the worker's claim."""
-    return {"worker_id": worker_id, "most": 8_000, **behind([level], limit, ())}
+    return {"worker_id": worker_id, "most": 8_000, **behind([level], limit)}
 
 
 def finish_of(rows: list[tuple[Any, ...]]) -> dict[str, Any]:
