@@ -22,7 +22,7 @@ from .processes import Processes
 APP = children.__name__
 
 with_each_worker = pytest.mark.parametrize(
-    "options", [[], ["--processes", "2"], ["--reload"]], ids=["one", "processes", "reload"]
+    "options", [[], ["--processes", "2"]], ids=["one", "processes"]
 )
 
 

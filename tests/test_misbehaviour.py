@@ -185,7 +185,6 @@ PROCESSORS: dict[str, tuple[Act, str, bool, str]] = {
     "worker_id = NULL": (update("worker_id = NULL"), "DONE", True, ""),
     "kwargs = '[1]'": (update("kwargs = '[1]'"), "DONE", True, ""),
     "module = ''": (update("module = ''"), "DONE", True, ""),
-    "attempts = 2147483647": (update("attempts = 2147483647"), "DONE", True, ""),
     # The process.
     "goes to another folder": (lambda db, task: os.chdir("/"), "DONE", True, ""),
     "handles a signal": (
