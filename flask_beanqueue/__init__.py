@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from .arguments import ArgumentError
-from .claim import ClaimLost
-from .config import Config, ConfigError
-from .extension import BeanQueue, current_task
-from .fence import TaskStateError
-from .models import (
-    EventModelMixin,
-    EventModelRefTaskMixin,
-    EventType,
+from .config import Config
+from .current import current_task
+from .engine.notify import listen_events
+from .exceptions import ArgumentError, ClaimLost, ConfigError, TaskStateError, WorkerDied
+from .extension import BeanQueue
+from .models.event import EventModelMixin, EventModelRefTaskMixin, EventType
+from .models.task import (
     TaskModelMixin,
     TaskModelRefEventMixin,
     TaskModelRefParentMixin,
     TaskModelRefWorkerMixin,
     TaskState,
-    WorkerModelMixin,
-    WorkerRefMixin,
-    WorkerState,
 )
-from .notify import listen_events
+from .models.worker import WorkerModelMixin, WorkerRefMixin, WorkerState
 from .processor import Processor
 from .retry import DelayRetry, ExponentialBackoffRetry, LimitAttempt, RetryPolicy
 from .signals import (
@@ -32,7 +27,6 @@ from .signals import (
     worker_stopped,
 )
 from .version import __version__ as __version__
-from .worker import WorkerDied
 
 __all__ = [
     "ArgumentError",

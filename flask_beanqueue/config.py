@@ -14,16 +14,14 @@ import warnings
 
 import sqlalchemy as sa
 
+from .exceptions import ConfigError
+
 PREFIX = "BQ_"
 
 #: Seconds that a worker can be told to sleep: select() takes no more than 24 days.
 LONGEST = 1e6
 #: Beyond it, a count is a slip, and PostgreSQL's integers end.
 LARGEST = 2**31 - 1
-
-
-class ConfigError(ValueError):
-    """A ``BQ_…`` setting holds something that the queue cannot use."""
 
 
 def _limited(default: t.Any, limit: tuple[float, float], words: str) -> t.Any:

@@ -11,26 +11,27 @@ import uuid
 import sqlalchemy as sa
 from flask import Flask, has_app_context
 from flask_sqlalchemy import SQLAlchemy
-from sqlalchemy.engine import Connection, Engine
-from werkzeug.local import LocalProxy
+from sqlalchemy.engine import Engine
 
-from . import fence
-from . import outcome as outcomes
-from . import worker as workers
-from .claim import current_claim, this_app
-from .config import PREFIX, Config, ConfigError
-from .handover import check_schema, listen_writes, tell_uncommitted
-from .listen import Source
-from .models import make_models
-from .notify import listen_events
+from .cli import bq_cli
+from .config import PREFIX, Config
+from .current import this_app
+from .engine import fence
+from .engine import outcome as outcomes
+from .engine.checks import check_engine, check_pool_is_there
+from .engine.handover import listen_writes, tell_uncommitted
+from .engine.notify import listen_events
+from .engine.queue import Queue
+from .exceptions import ConfigError
+from .models.make import make_models
 from .options import Options, check_channel, check_count, check_text
 from .processor import AnyProcessor, Decorator, Exceptions, Processor
-from .queue import Queue
 from .registry import Origin, Registry, import_packages
 from .retry import RetryPolicy
 
 if t.TYPE_CHECKING:
-    from .models import BQTask
+    from .engine.listener import Source
+    from .engine.worker import Worker
 
 
 class BeanQueue(Queue):
@@ -113,9 +114,6 @@ class BeanQueue(Queue):
         tell_uncommitted(app, db)
         app.extensions["beanqueue"] = self
         app.shell_context_processor(lambda: {"bq": self})
-
-        from .cli import bq_cli
-
         app.cli.add_command(bq_cli)
 
     def _use(self, db: SQLAlchemy) -> None:
@@ -287,13 +285,15 @@ class BeanQueue(Queue):
         name: str | None = None,
         source: Source | None = None,
         watched: bool = False,
-    ) -> workers.Worker:
+    ) -> Worker:
         """Make the worker that :meth:`process_tasks` runs, for who needs its ``stop()``.
 
         :param source: what tells it of news; a LISTEN connection of its own, unless given.
         :param watched: whether the process is the worker's, and ends itself when none of its
             threads gets a turn (``BQ_WATCHDOG``).
         """
+        from .engine.worker import Worker  # which a web process does without
+
         if app is None:
             if not has_app_context():
                 raise RuntimeError("Give app=, or call this in an app context.")
@@ -326,7 +326,7 @@ class BeanQueue(Queue):
         engine = self.engine(app)
         check_pool_is_there(engine, sessions)
         check_engine(engine, self.models.tables)
-        return workers.Worker(
+        return Worker(
             app,
             self,
             self.registry,
@@ -371,59 +371,3 @@ def load_model(setting: str, name: str) -> type[t.Any]:
     if not isinstance(model, type) or sa.inspect(model, raiseerr=False) is None:
         raise ConfigError(f"{setting} names {name}, which is no model but {model!r}.")
     return t.cast(type[t.Any], model)
-
-
-def check_engine(engine: Engine, tables: t.Iterable[sa.Table]) -> None:
-    """Refuse an engine with which the queue cannot keep its promises.
-
-    :param tables: the queue's.
-    :raises RuntimeError: saying why.
-    """
-    if engine.dialect.name != "postgresql":
-        raise RuntimeError(
-            f"The queue needs PostgreSQL, but the database is {engine.dialect.name}. Set"
-            " SQLALCHEMY_DATABASE_URI to a postgresql+psycopg2:// URL, or name the bind that is"
-            " one with BeanQueue(bind_key=…)."
-        )
-    if engine.driver not in ("psycopg2", "psycopg"):
-        raise RuntimeError(
-            f"The queue works with psycopg2 and psycopg 3, not with {engine.driver}. Use a"
-            " postgresql+psycopg2:// or postgresql+psycopg:// URL."
-        )
-    levels = (
-        engine.get_execution_options().get("isolation_level"),
-        getattr(engine.dialect, "_on_connect_isolation_level", None),
-    )
-    if "AUTOCOMMIT" in (str(level).upper() for level in levels):
-        raise RuntimeError(
-            "The engine is in AUTOCOMMIT, where a task and its data cannot be committed together."
-            " Take isolation_level out of SQLALCHEMY_ENGINE_OPTIONS."
-        )
-    check_schema(engine.get_execution_options(), *tables)
-
-
-def check_pool_is_there(engine: t.Any, sessions: t.Any) -> None:
-    """Refuse to work where a test holds a connection in the place of an engine, and rolls it back.
-
-    :param sessions: ``db.session``.
-    :raises RuntimeError: if that is so.
-    """
-    if any(isinstance(each, Connection) for each in (engine, sessions.session_factory.kw["bind"])):
-        raise RuntimeError(
-            "A worker has connections of its own and would see nothing of this test, whose"
-            " connection is rolled back. Call the processor like a function, or let the test really"
-            " commit (docs/guide.md, Testing)."
-        )
-
-
-def _current_task() -> t.Any:
-    claim = current_claim()
-    if claim is None:
-        raise RuntimeError(
-            "Working outside of a task. current_task is there while a worker runs a processor."
-        )
-    return this_app().extensions["beanqueue"].attach_task(claim)
-
-
-#: The ``bq.Task`` that is being done, anywhere below its processor.
-current_task = t.cast("BQTask", LocalProxy(_current_task))

@@ -14,16 +14,17 @@ from collections import abc
 
 from sqlalchemy.orm import Session, SessionTransaction, scoped_session
 
-from .arguments import ArgumentError, to_json_arguments
-from .claim import current_task_id
-from .models import TaskModelMixin
+from .codec import to_json_arguments
+from .current import current_task_id
+from .exceptions import ArgumentError
+from .models.task import TaskModelMixin
 from .options import Options
-from .queue import Queue
 from .retry import RetryPolicy, check_policy
 from .signature import signature_of
 
 if t.TYPE_CHECKING:
-    from .models import BQTask
+    from .engine.queue import Queue
+    from .models.make import BQTask
 
 P = t.ParamSpec("P")
 R = t.TypeVar("R")

@@ -8,7 +8,7 @@ import pkgutil
 import types
 import typing as t
 
-from .config import ConfigError
+from .exceptions import ConfigError
 from .log import log
 from .processor import AnyProcessor
 

@@ -5,7 +5,7 @@ process or a connection. Steps have the names of the functions of the package th
 
     a task     PENDING <------------------ write -----------------+   failed, crashed (not the
                   |                                               |   last time), interrupted,
-                  +-- claim, claim_suspect --> PROCESSING --------+   given back
+                  +-- claim, claim_quarantined --> PROCESSING --------+   given back
                                                 |  |
                DONE, FAILED <-- commit, write --+  +-- commit --> parked --- end --> DONE
 
@@ -43,16 +43,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from flask_beanqueue.models import (
-    CANCELLED,
-    DONE,
-    FAILED,
-    NO_HEARTBEAT,
-    PENDING,
-    PROCESSING,
-    RUNNING,
-    SHUTDOWN,
-)
+from flask_beanqueue.models.task import CANCELLED, DONE, FAILED, PENDING, PROCESSING
+from flask_beanqueue.models.worker import NO_HEARTBEAT, RUNNING, SHUTDOWN
 
 ENDED = (DONE, FAILED, CANCELLED)
 #: What a processor does: it writes through ``db.session``; it does not; it writes, and leaves the
@@ -66,7 +58,7 @@ ALIVE, FROZEN, GONE = "alive", "frozen", "gone"
 
 # Who takes which steps: a worker's loop, which needs its connection; its other threads; a frozen
 # worker, by chance; nobody in particular.
-LOOP = ("claim", "claim_suspect", "take_over", "give_back_strays", "give_back_waiting", "write",
+LOOP = ("claim", "claim_quarantined", "take_over", "give_back_strays", "give_back_waiting", "write",
         "abandon_locked", "retire", "lose_claim", "lose_write")  # fmt: skip
 THREADS = ("perform", "failed", "succeeded", "write_one", "commit", "interrupted", "give_back",
            "beat", "terminate", "come_back", "exit", "freeze", "stop", "lose_session")  # fmt: skip
@@ -139,7 +131,7 @@ class Claim(NamedTuple):
     thread: str = WAITS
     #: In the writer's backlog.
     outcome: Outcome | None = None
-    #: In ``Writer.held``.
+    #: In ``Loop.held``.
     held: bool = True
 
     @property
@@ -355,7 +347,7 @@ class Model:
         return s.row(t, state=PROCESSING, worker=w, claims=s.tasks[t].row.claims + 1)
 
     def claimable(self, s: State, action: str) -> list[int]:
-        suspect = action == "claim_suspect"
+        suspect = action == "claim_quarantined"
         rows = [task.row for task in s.tasks]
         if suspect and any(row.is_claimed and row.crashes for row in rows):
             return []
@@ -378,9 +370,9 @@ class Model:
             row = s.tasks[t].row
             yield t, self.claimed(s, w, t).add(w, Claim(t, row.claims + 1, row.crashes))
 
-    def claim_suspect(self, s: State, w: int) -> Steps:
+    def claim_quarantined(self, s: State, w: int) -> Steps:
         if not any(claim.held and claim.crashes for claim in s.workers[w].claims):
-            yield from self.claim(s, w, "claim_suspect")
+            yield from self.claim(s, w, "claim_quarantined")
 
     def in_hand(self, s: State, w: int) -> list[Claim]:
         return [claim for claim in s.workers[w].claims if claim.held or claim.outcome is not None]
@@ -620,7 +612,7 @@ class Model:
                 yield claim.key, after
 
     def lose_claim(self, s: State, w: int) -> Steps:
-        for action in ("claim", "claim_suspect"):
+        for action in ("claim", "claim_quarantined"):
             for t, _ in getattr(self, action)(s, w):
                 yield self._lose(s, Statement(action, w, t))
 

@@ -27,14 +27,18 @@ from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
 from flask_beanqueue import BeanQueue, LimitAttempt, task_failed, task_retried, task_succeeded
-from flask_beanqueue.claim import Claim
-from flask_beanqueue.connection import Line, connect, named
-from flask_beanqueue.executor import Executor
-from flask_beanqueue.heartbeat import Heartbeat
-from flask_beanqueue.marks import Level
-from flask_beanqueue.models import DONE, FAILED, PENDING, RUNNING, uuid7
-from flask_beanqueue.queries import application_name
-from flask_beanqueue.writer import Writer
+from flask_beanqueue.engine import heartbeat, settle
+from flask_beanqueue.engine.attempt import Executor
+from flask_beanqueue.engine.claim import CLAIM, Claim, claim_tasks
+from flask_beanqueue.engine.completer import Completer
+from flask_beanqueue.engine.connection import OwnConnection, application_name, connect, named
+from flask_beanqueue.engine.cursor import Level
+from flask_beanqueue.engine.heartbeat import Heartbeat
+from flask_beanqueue.engine.quarantine import CLAIM_QUARANTINED, Quarantine
+from flask_beanqueue.engine.takeover import Orphans
+from flask_beanqueue.models.task import DONE, FAILED, PENDING
+from flask_beanqueue.models.uuid7 import uuid7
+from flask_beanqueue.models.worker import RUNNING
 
 from . import model
 from .triggers import trigger
@@ -132,28 +136,29 @@ class Worker:
     """
 
     def __init__(
-        self, bq: BeanQueue, app: Flask, worker_id: uuid.UUID, line: Line, control: Any
+        self, bq: BeanQueue, app: Flask, worker_id: uuid.UUID, line: OwnConnection, control: Any
     ) -> None:
         self.id = worker_id
         self.line = line
         self.app = app
         self.executor = Executor(app, bq, bq.registry, bq.config(app), bq.engine(app))
         self.package: Any = bq.worker(["default"], app=app)
-        self.package.takes_place(worker_id, ())
-        self.package._line = line
-        self.writer: Writer = self.package._writer
+        self.package._own = line
+        self.package.take_place(worker_id, ())
+        self.loop: Any = self.package._loop
+        self.completer: Completer = self.loop._completer
         #: How often the heartbeat told that it has declared others dead.
         self.burials = 0
         self.heartbeat: Any = Heartbeat(
             bq.engine(app),
-            bq.queries,
+            bq.models,
             bq.config(app),
             worker_id,
             on_death=self.package._declared_dead,
             on_loss=self.package._lost_heartbeat,
-            on_burial=self._bury,
+            on_others_dead=self._bury,
         )
-        self.heartbeat.line = types.SimpleNamespace(connection=control)
+        self.heartbeat.own = types.SimpleNamespace(connection=control)
         #: By task and number of claims.
         self.claims: dict[tuple[int, int], Claim] = {}
         self.crew: dict[tuple[int, int], Performance] = {}
@@ -164,11 +169,11 @@ class Worker:
     @contextlib.contextmanager
     def writing_later(self) -> Iterator[None]:
         """Writing is a step of its own: another worker may come between."""
-        self.writer.write = lambda connection: None  # type: ignore[method-assign]
+        self.completer.write = lambda connection: None  # type: ignore[method-assign]
         try:
             yield
         finally:
-            del self.writer.write
+            del self.completer.write
 
 
 class Replay:
@@ -180,9 +185,9 @@ class Replay:
 
     def __init__(self, db: SQLAlchemy, bq: BeanQueue, apps: list[Flask], of: model.Model) -> None:
         self._db, self._bq, self._apps, self._model = db, bq, apps, of
-        self._queries = bq.queries
+        self._models = bq.models
         self._ids = [uuid7() for _ in apps]
-        self._lines = [Line(bq.engine(app)) for app in apps]
+        self._lines = [OwnConnection(bq.engine(app)) for app in apps]
         self._clean_up = contextlib.ExitStack()
         self._control = connect(bq.engine(apps[0]))
         self._clean_up.callback(self._control.close)
@@ -260,13 +265,14 @@ class Replay:
 
     def _find_nothing_else(self, state: model.State) -> None:
         """What the model does not find, the package does not find either."""
-        orphans = self._queries.orphans(self._control, None, 100, [])
-        assert sorted(claim.priority for claim, _ in orphans) == self._model.orphans(state)
+        orphans = Orphans(self._models, 1).next_part(self._control, [])
+        assert sorted(outcome.claim.priority for outcome in orphans) == self._model.orphans(state)
         if not self._model.claimable(state, "claim"):
             levels = [Level("default", t) for t in range(len(state.tasks))]
-            assert not self._queries.claim(self._control, self._ids[0], levels, 100)
-        if not self._model.claimable(state, "claim_suspect"):
-            assert not self._queries.claim_suspect(self._control, self._ids[0], ["default"])
+            assert not claim_tasks(self._control, self._models, self._ids[0], levels, 100)
+        if not self._model.claimable(state, "claim_quarantined"):
+            quarantine = Quarantine(self._models, self._ids[0], ["default"], 8_000)
+            assert not quarantine.take(self._control)
 
     def _begin(self) -> None:
         self._tasks = [uuid7() for _ in self._model.kinds]
@@ -314,9 +320,9 @@ class Replay:
             if expected.process != model.GONE:
                 hands.append(
                     (
-                        sorted((claim.priority, claim.claims) for claim in worker.writer.held),
-                        sorted(written(state, outcome) for outcome in backlog(worker.writer)),
-                        worker.package._stopping,
+                        sorted((claim.priority, claim.claims) for claim in worker.loop.held),
+                        sorted(written(state, outcome) for outcome in backlog(worker.completer)),
+                        worker.loop._stopping,
                     )
                 )
         return tasks, sorted(workers), hands
@@ -341,13 +347,16 @@ class Replay:
         self._take(w, t, claim)
 
     def _claim(self, connection: Any, w: Worker, t: int) -> list[Claim]:
-        return self._queries.claim(connection, w.id, [Level("default", t)], 1)
+        return claim_tasks(connection, self._models, w.id, [Level("default", t)], 1)
 
-    def claim_suspect(self, w: Worker, t: int) -> None:
+    def claim_quarantined(self, w: Worker, t: int) -> None:
         self._let_be_first(t)
-        claim = self._queries.claim_suspect(w.line.connection, w.id, ["default"])
+        claim = self._quarantine(w).take(w.line.connection)
         assert claim is not None
         self._take(w, t, claim)
+
+    def _quarantine(self, w: Worker) -> Quarantine:
+        return Quarantine(self._models, w.id, ["default"], 8_000)
 
     def _let_be_first(self, t: int) -> None:
         """Suspects are claimed in the order of the queue, which the model has not."""
@@ -359,27 +368,27 @@ class Replay:
 
     def _take(self, w: Worker, t: int, claim: Claim) -> None:
         assert claim.priority == t
-        w.writer.held.add(claim)
+        w.loop.held.add(claim)
         w.claims[t, claim.claims] = claim
 
     def take_over(self, w: Worker, _: None) -> None:
         with w.writing_later():
-            w.package._take_over()
+            w.loop._take_over(w.line.connection)
 
     def come_back(self, w: Worker, _: None) -> None:
         w.line.close()
         with w.writing_later():
-            w.package._come_back()
+            w.loop._come_back(w.line.connection)
 
     def give_back_strays(self, w: Worker, _: None) -> None:
         with w.writing_later():
-            w.package._give_back_strays()
+            w.loop._give_back_strays(w.line.connection)
 
     def write(self, w: Worker, _: None) -> None:
-        w.writer.write(w.line.connection)
+        w.loop._write(w.line.connection)
 
     def give_back_waiting(self, w: Worker, key: tuple[int, int]) -> None:
-        w.writer.give_back([w.claims[key]])
+        w.loop._give_back([w.claims[key]])
 
     # Of its threads.
 
@@ -403,9 +412,10 @@ class Replay:
         performance.wait(model.THROUGH)
         performance.join()
         if performance.outcome is None:
-            w.writer.release(performance.claim)
+            w.loop._threads.through.append(performance.claim)
+            w.loop._gather()
         else:
-            w.writer.add(performance.outcome)
+            w.completer.add(performance.outcome)
 
     def write_one(self, w: Worker, key: tuple[int, int]) -> None:
         performance = w.crew[key]
@@ -434,7 +444,7 @@ class Replay:
             long_ago = "UPDATE bq_workers SET last_heartbeat = '2000-01-01' WHERE id = :id"
             self._sql(long_ago, id=self._ids[other])
             # It has been seen to be silent for a while.
-            _, silent = self._queries.beat(self._control, w.id, TIMEOUT)
+            _, silent = heartbeat.beat(self._control, self._models, w.id, TIMEOUT)
             w.heartbeat._silent = dict.fromkeys(silent, time.monotonic() - TIMEOUT)
         w.burials = 0
         w.heartbeat._terminate = lambda connection: None  # in a step of its own
@@ -456,13 +466,13 @@ class Replay:
 
     def abandon_locked(self, w: Worker, _: None) -> None:
         self.write(w, _)  # finds out
-        w.writer.abandon_locked()
+        w.loop.held.difference_update(w.completer.abandon_locked())
 
     def retire(self, w: Worker, _: None) -> None:
-        self._queries.retire(w.line.connection, w.id)
+        heartbeat.retire(w.line.connection, self._models, w.id)
 
     def exit(self, w: Worker, _: None) -> None:
-        self._queries.retire(self._control, w.id)  # it has done so, or counts as dead
+        heartbeat.retire(self._control, self._models, w.id)  # it has done so, or counts as dead
         self.kill(w, _)
 
     def _end_threads(self, w: Worker) -> None:
@@ -475,7 +485,7 @@ class Replay:
     # What nobody in particular does.
 
     def add_worker(self, w: int) -> None:
-        self._queries.add_worker(self._control, self._ids[w], "", ["default"])
+        heartbeat.add_worker(self._control, self._models, self._ids[w], "", ["default"])
 
     def end(self, t: int) -> None:
         with self._apps[0].app_context():
@@ -492,7 +502,7 @@ class Replay:
     def vanish(self, sent: model.Statement) -> None:
         statement = self._sent[sent].pop()
         too_late = sent not in dict(self._model.arrive(self._before))
-        if too_late and sent.action != "claim_suspect":  # which may find another one
+        if too_late and sent.action != "claim_quarantined":  # which may find another one
             with contextlib.suppress(sa.exc.OperationalError):  # the row is locked
                 self._control.execute(*statement)
 
@@ -522,20 +532,20 @@ class Replay:
         w.crew[key].cut()
 
     def lose_claim(self, w: Worker, statement: model.Statement) -> None:
-        claims = self._queries._claim, self._queries._claim_suspect
+        claims = CLAIM.on(self._models), CLAIM_QUARANTINED.on(self._models)
         connection: Any = Unanswered(w.line.connection, *claims)
         with contextlib.suppress(sa.exc.OperationalError):
             if statement.action == "claim":
                 self._claim(connection, w, statement.task)
             else:
-                self._queries.claim_suspect(connection, w.id, ["default"])
+                self._quarantine(w).take(connection)
         self._keep(w, statement, connection)
 
     def lose_write(self, w: Worker, statement: model.Statement) -> None:
-        writes = self._queries._finish, self._queries._settle
+        writes = settle.FINISH.on(self._models), settle.SETTLE.on(self._models)
         connection: Any = Unanswered(w.line.connection, *writes)
         with contextlib.suppress(sa.exc.OperationalError):
-            w.writer.write(connection)
+            w.loop._write(connection)
         self._keep(w, statement, connection)
 
     def _keep(self, w: Worker, statement: model.Statement, connection: Unanswered) -> None:
@@ -544,8 +554,8 @@ class Replay:
         w.line.close()
 
 
-def backlog(writer: Writer) -> list[Any]:
-    return [*writer._backlog.values(), *writer._locked.values()]
+def backlog(completer: Completer) -> list[Any]:
+    return [*completer.backlog.values(), *completer.locked.values()]
 
 
 def written(state: model.State, outcome: Any) -> Any:

@@ -12,7 +12,8 @@ import sqlalchemy as sa
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
-from flask_beanqueue import BeanQueue, LimitAttempt, outcome
+from flask_beanqueue import BeanQueue, LimitAttempt
+from flask_beanqueue.engine import outcome
 
 from . import postgres
 

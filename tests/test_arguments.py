@@ -25,7 +25,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from werkzeug.local import LocalProxy
 
-from flask_beanqueue import ArgumentError, BeanQueue, arguments
+from flask_beanqueue import ArgumentError, BeanQueue
+from flask_beanqueue import codec as arguments
 
 from .probe import query
 from .values import (

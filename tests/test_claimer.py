@@ -12,11 +12,14 @@ import sqlalchemy as sa
 from flask import Flask
 from sqlalchemy.engine import Connection
 
-from flask_beanqueue import BeanQueue, claimer, marks
-from flask_beanqueue.claimer import Claimer
-from flask_beanqueue.connection import connect
-from flask_beanqueue.marks import Marks
-from flask_beanqueue.models import uuid7
+from flask_beanqueue import BeanQueue
+from flask_beanqueue.engine import cursor, quarantine
+from flask_beanqueue.engine.claim import Claimer
+from flask_beanqueue.engine.connection import connect
+from flask_beanqueue.engine.cursor import STAYS, Cursor, look
+from flask_beanqueue.engine.heartbeat import add_worker
+from flask_beanqueue.engine.quarantine import Quarantine
+from flask_beanqueue.models.uuid7 import uuid7
 
 from .probe import query
 from .triggers import trigger
@@ -27,12 +30,13 @@ class Claiming:
 
     def __init__(self, bq: BeanQueue, connection: Connection, url: str) -> None:
         self.connection = connection
-        self.queries = bq.queries
+        self.models = bq.models
         channels = ["default", "other"]
-        self.marks = Marks(channels)
-        self.claimer = Claimer(bq, channels, self.marks, 100, 1000)
+        self.cursor = Cursor(channels)
         self.worker_id = uuid7()
-        bq.queries.add_worker(connection, self.worker_id, "worker", channels)
+        self.claimer = Claimer(bq.models, self.worker_id, self.cursor, 100, 1000)
+        self.quarantine = Quarantine(bq.models, self.worker_id, channels, 1000)
+        add_worker(connection, bq.models, self.worker_id, "worker", channels)
         query(
             url,
             "INSERT INTO bq_tasks (module, func_name, scheduled_at)"
@@ -40,7 +44,7 @@ class Claiming:
         )
 
     def look(self) -> bool:
-        return self.marks.seen(self.queries.look(self.connection, ["default", "other"]), 0.0)
+        return self.cursor.take_in(look(self.connection, self.models, ["default", "other"]), 0.0)
 
     def claim(self, most: int = 100) -> tuple[list[str], int]:
         """What is claimed until there is no more, and with how many calls."""
@@ -53,10 +57,10 @@ class Claiming:
 
     def claim_once(self, most: int = 100) -> list[str] | None:
         wanted = self.claimer.at_once(most)
-        claims = self.claimer.claim(self.connection, self.worker_id, wanted)
+        claims = self.claimer.claim(self.connection, wanted)
         if claims is None:
             return None
-        self.marks.passed(claims, wanted)
+        self.cursor.pass_by(claims, wanted)
         return [claim.func_name for claim in claims]
 
 
@@ -83,8 +87,8 @@ def refuse(database_url: str) -> None:
 def now(monkeypatch: pytest.MonkeyPatch) -> Any:
     now = types.SimpleNamespace(at=0.0)
     clock = types.SimpleNamespace(monotonic=lambda: now.at)
-    monkeypatch.setattr(claimer, "time", clock)
-    monkeypatch.setattr(marks, "time", clock)
+    monkeypatch.setattr(cursor, "time", clock)
+    monkeypatch.setattr(quarantine, "time", clock)
     return now
 
 
@@ -96,7 +100,7 @@ def test_a_task_that_cannot_be_claimed_is_stepped_over_for_a_while(
     query(database_url, "DROP TRIGGER refuse ON bq_tasks")
     claiming.look()
     assert claiming.claim() == ([], 1)
-    now.at = marks.STAYS
+    now.at = STAYS
     assert claiming.look()
     assert claiming.claim()[0] == ["5"]
 
@@ -129,7 +133,7 @@ def test_a_task_in_another_channel_is_not_stepped_over(
     )
     claiming.look()
     assert claiming.claim()[0] == ["early"]
-    now.at = marks.STAYS
+    now.at = STAYS
     claiming.look()
     assert claiming.claim()[0] == ["early"]
 
@@ -155,7 +159,7 @@ def test_many_tasks_that_cannot_be_claimed_are_named_once_a_minute(
     bad = "1", "3", "5", "6", "7"
     query(database_url, refusal(*bad))
     for minute in range(3):
-        now.at = minute * marks.STAYS
+        now.at = minute * STAYS
         claiming.look()
         good = [str(n) for n in range(10) if str(n) not in bad]
         assert claiming.claim()[0] == ([] if minute else good)
@@ -177,13 +181,13 @@ def test_a_task_that_was_in_a_crash_and_cannot_be_claimed_is_tried_again_later(
     query(database_url, refusal("0"))
 
     def claim() -> Any:
-        return claiming.claimer.claim_suspect(claiming.connection, claiming.worker_id)
+        return claiming.quarantine.take(claiming.connection)
 
     assert claim() is None
     assert "A task that was in a crash cannot be claimed" in caplog.text
     query(database_url, "DROP TRIGGER refuse ON bq_tasks")
     assert claim() is None
-    now.at = marks.STAYS
+    now.at = STAYS
     assert claim().func_name == "0"
 
 
@@ -205,7 +209,7 @@ def test_new_tasks_that_cannot_be_claimed_do_not_keep_what_is_before_them_waitin
         claiming.look()
         if "early" in claiming.claim()[0]:
             break
-    assert second <= 100 + marks.STAYS
+    assert second <= 100 + STAYS
 
 
 @pytest.mark.parametrize(
@@ -231,6 +235,6 @@ def test_a_claim_that_does_not_fit_the_tables_says_so(
     """That is no task's fault, and no waiting helps."""
     query(database_url, "ALTER TABLE bq_tasks RENAME interruptions TO breaks")
     with pytest.raises(sa.exc.ProgrammingError, match=r'interruptions"? does not exist'):
-        claiming.claimer.claim(claiming.connection, claiming.worker_id, limit)
+        claiming.claimer.claim(claiming.connection, limit)
     with pytest.raises(sa.exc.ProgrammingError, match=r'interruptions"? does not exist'):
-        claiming.claimer.claim_suspect(claiming.connection, claiming.worker_id)
+        claiming.quarantine.take(claiming.connection)

@@ -22,7 +22,7 @@ from flask_sqlalchemy import SQLAlchemy
 
 import flask_beanqueue
 from flask_beanqueue import BeanQueue, LimitAttempt, WorkerModelMixin
-from flask_beanqueue.cli import bq_cli
+from flask_beanqueue.cli import COMMANDS, bq_cli
 
 from . import postgres
 from .apps import faults
@@ -84,16 +84,16 @@ def role_url(database_url: str, role: str) -> str:
 # Help.
 
 
-@pytest.mark.parametrize("name", [None, *bq_cli.commands])
+@pytest.mark.parametrize("name", [None, *COMMANDS])
 def test_every_command_has_help(invoke: Invoke, name: str | None) -> None:
     result = invoke(*filter(None, [name]), "--help")
     assert result.exit_code == 0
     assert "Usage: " in result.output
     if name is None:
-        for command in bq_cli.commands:
+        for command in COMMANDS:
             assert f"\n  {command} " in result.output
         return
-    command = bq_cli.commands[name]
+    command = bq_cli.get_command(click.Context(bq_cli), name)
     assert command.help
     for parameter in command.params:
         if isinstance(parameter, click.Option):

@@ -12,9 +12,9 @@ from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
 from flask_beanqueue import BeanQueue
-from flask_beanqueue.connection import Line, connect, limits, named
-from flask_beanqueue.errors import TROUBLE, reason
-from flask_beanqueue.listen import Listener
+from flask_beanqueue.engine.connection import OwnConnection, connect, limits, named
+from flask_beanqueue.engine.database import SURVIVABLE, reason
+from flask_beanqueue.engine.listener import Listener
 
 from .apps import faults
 from .conftest import MakeApp, parameters
@@ -35,7 +35,7 @@ def full_engine(make_app: MakeApp, db: SQLAlchemy, bq: BeanQueue) -> Iterator[sa
 def test_the_queues_connections_wait_for_none_of_the_apps(full_engine: sa.Engine) -> None:
     """Or a worker whose tasks use all of them could not come back after an outage, and be taken
     for dead."""
-    with contextlib.closing(Line(full_engine)) as line:
+    with contextlib.closing(OwnConnection(full_engine)) as line:
         assert line.connection.scalar(sa.text("SELECT 1")) == 1
     with contextlib.closing(Listener(full_engine, ["default"])) as listener:
         assert listener.listen()
@@ -64,7 +64,7 @@ def test_a_line_calls_whatever_keeps_it_from_opening_again_the_databases_trouble
     def refuse(*args: Any) -> None:
         raise OSError("the token service is away")
 
-    with contextlib.closing(Line(engine)) as line:
+    with contextlib.closing(OwnConnection(engine)) as line:
         sa.event.listen(engine, "do_connect", refuse)
         with pytest.raises(OSError, match="the token service is away"):
             assert line.connection
@@ -72,7 +72,7 @@ def test_a_line_calls_whatever_keeps_it_from_opening_again_the_databases_trouble
         assert line.connection
         line.close()
         sa.event.listen(engine, "do_connect", refuse)
-        with pytest.raises(TROUBLE) as caught:
+        with pytest.raises(SURVIVABLE) as caught:
             assert line.connection
         assert reason(caught.value) == "the token service is away"
         sa.event.remove(engine, "do_connect", refuse)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import sqlalchemy as sa
 
-from flask_beanqueue.errors import is_hopeless, is_refusal, is_timeout, reason
+from flask_beanqueue.engine.database import is_hopeless, is_refusal, is_timeout, reason
 
 
 class DriverError(Exception):

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 import pytest
 from flask import Flask
 
-from flask_beanqueue import BeanQueue, listen
-from flask_beanqueue.fanout import Fanout, Subscription
-from flask_beanqueue.listen import Listener
+from flask_beanqueue import BeanQueue
+from flask_beanqueue.engine import listener as listen
+from flask_beanqueue.engine.listener import Listener
+from flask_beanqueue.processes.fanout import Fanout, Subscription
 
 from .probe import connect, query
 

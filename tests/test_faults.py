@@ -629,7 +629,7 @@ def test_a_process_that_ends_well_is_replaced_too(
 #: A supervisor of one process, which is killed as it starts, for a second.
 KILLED_AT_START = """
 import os, signal, time
-from flask_beanqueue import supervisor
+from flask_beanqueue.processes import supervisor
 
 supervisor.PAUSE = 0.3
 until = time.monotonic() + 1.0
@@ -654,7 +654,8 @@ def test_a_process_that_is_killed_as_it_starts_is_replaced_after_a_pause(
 #: A supervisor of processes that are soon taken for well started.
 SUPERVISOR = """
 import itertools, os, signal, time
-from flask_beanqueue import supervisor, worker_started
+from flask_beanqueue import worker_started
+from flask_beanqueue.processes import supervisor
 
 supervisor.STEADY, supervisor.PAUSE = 0.2, 0.01
 {start}

@@ -17,7 +17,7 @@ from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
 from flask_beanqueue import BeanQueue, ClaimLost, current_task
-from flask_beanqueue.claim import current_claim
+from flask_beanqueue.current import current_attempt
 
 from .conftest import only_task, texts
 from .probe import query
@@ -307,7 +307,7 @@ def test_a_claim_that_is_through_keeps_no_session_alive(
     @bq.processor()
     def write(db: Any) -> None:
         db.add(Note(text="hello"))
-        seen.extend([current_claim(), weakref.ref(db)])
+        seen.extend([current_attempt(), weakref.ref(db)])
 
     with app.app_context():
         write.enqueue()
@@ -316,8 +316,8 @@ def test_a_claim_that_is_through_keeps_no_session_alive(
     gc.disable()
     try:
         work()
-        claim, session = seen
-        assert claim.settled
+        attempt, session = seen
+        assert attempt.claim.settled
         assert session() is None
     finally:
         gc.enable()

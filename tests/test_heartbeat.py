@@ -13,10 +13,11 @@ from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
 from flask_beanqueue import BeanQueue
-from flask_beanqueue.connection import connect
-from flask_beanqueue.heartbeat import Heartbeat
-from flask_beanqueue.models import uuid7
-from flask_beanqueue.queries import application_name
+from flask_beanqueue.engine import heartbeat as module
+from flask_beanqueue.engine.completer import LOCKED
+from flask_beanqueue.engine.connection import application_name, connect
+from flask_beanqueue.engine.heartbeat import Heartbeat, add_worker, retire
+from flask_beanqueue.models.uuid7 import uuid7
 
 MakeHeartbeat = Callable[..., Heartbeat]
 
@@ -40,23 +41,23 @@ def make_heartbeat(app: Flask, bq: BeanQueue, buried: list[Heartbeat]) -> Iterat
     ) -> Heartbeat:
         worker_id = uuid7()
         connection = connect(bq.engine(app))
-        bq.queries.add_worker(connection, worker_id, "test", ["default"])
+        add_worker(connection, bq.models, worker_id, "test", ["default"])
         connection.close()
         heartbeat = Heartbeat(
             bq.engine(app),
-            bq.queries,
+            bq.models,
             bq.config(app),
             worker_id,
             on_death=on_death,
             on_loss=on_loss,
-            on_burial=lambda: buried.append(heartbeat),
+            on_others_dead=lambda: buried.append(heartbeat),
         )
         made.append(heartbeat)
         return heartbeat
 
     yield make
     for heartbeat in made:
-        heartbeat.line.close()
+        heartbeat.own.close()
 
 
 class Clock:
@@ -71,7 +72,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("flask_beanqueue.heartbeat.time", clock)
+    monkeypatch.setattr("flask_beanqueue.engine.heartbeat.time", clock)
     return clock
 
 
@@ -183,10 +184,10 @@ def test_a_refused_end_of_backends_keeps_nobody_from_being_declared_dead(
     caplog: pytest.LogCaptureFixture,
     clock: Clock,
 ) -> None:
-    def refuse(connection: Any) -> int:
+    def refuse(connection: Any, models: Any) -> int:
         raise sa.exc.ProgrammingError("SELECT", {}, Exception("permission denied for function"))
 
-    monkeypatch.setattr(bq.queries, "terminate", refuse)
+    monkeypatch.setattr(module, "terminate", refuse)
     with app.app_context():
         first, _ = make_heartbeat(), make_heartbeat()
         set_heartbeats(db, bq, "-31 seconds")
@@ -206,14 +207,14 @@ def test_a_burial_is_told_also_where_the_end_of_backends_takes_too_long(
 ) -> None:
     """They are given a second each, and a statement_timeout may be shorter."""
 
-    def take_too_long(connection: Any) -> int:
+    def take_too_long(connection: Any, models: Any) -> int:
         raise sa.exc.OperationalError("SELECT", {}, Exception("canceling statement"))
 
     with app.app_context():
         first, _ = make_heartbeat(), make_heartbeat()
         set_heartbeats(db, bq, "-31 seconds")
         beat(clock, 12, first)
-        monkeypatch.setattr(bq.queries, "terminate", take_too_long)
+        monkeypatch.setattr(module, "terminate", take_too_long)
         with pytest.raises(sa.exc.OperationalError):
             beat(clock, 4, first)
         assert (states(db, bq), buried) == (["NO_HEARTBEAT", "RUNNING"], [first])
@@ -231,16 +232,15 @@ def test_a_worker_that_has_left_a_locked_task_behind_keeps_no_backends(
         task.worker_id = second._worker_id if left else None
         db.session.add(task)
         db.session.commit()
-        bq.queries.retire(connection, second._worker_id)
+        retire(connection, bq.models, second._worker_id)
         with bq.engine(app).connect() as hanging:
             hanging.execute(
                 sa.text("SELECT set_config('application_name', :name, false)"), {"name": name}
             )
             hanging.execute(sa.select(bq.Task.id).with_for_update())
             assert first.beat()
-            assert bq.queries.locked(connection, [str(task.id)]) == (
-                set() if left else {str(task.id)}
-            )
+            locked = connection.scalars(LOCKED.on(bq.models), {"ids": [str(task.id)]}).all()
+            assert locked == ([] if left else [str(task.id)])
             hanging.invalidate()
 
 
@@ -254,7 +254,7 @@ def test_a_worker_whose_heartbeat_has_ended_is_told(
     connections = []
 
     def exit() -> bool:
-        connections.append(heartbeat.line.connection)
+        connections.append(heartbeat.own.connection)
         raise SystemExit
 
     monkeypatch.setattr(heartbeat, "beat", exit)

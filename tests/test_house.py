@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,51 +14,62 @@ import pytest
 
 import flask_beanqueue
 
-#: From top to bottom. A module imports only what stands below it.
-FLOORS = """
-    cli
-    extension
-    worker
-    heartbeat crew writer claimer suspect supervisor
-    executor
-    fence
-    outcome
+#: From top to bottom: packages, and modules that are in none. Each imports only what stands below
+#: it, or what is in its own package.
+ROOMS = """
+    commands
+    extension processes
+    engine
     registry
-    processor
-    queue notify
-    handover
-    queries
+    processor signals
     models
-    marks reloader fanout
-    bell listen signals retry signature
-    connection
-    log
-    arguments options config claim clock errors shutdown version watchdog
+    cli current sql
+    codec config retry
+    clock exceptions log options signature version
 """
 FLOOR = {
-    module: number
-    for number, line in enumerate(FLOORS.strip().splitlines())
-    for module in line.split()
+    room: number for number, line in enumerate(ROOMS.strip().splitlines()) for room in line.split()
 }
 
 #: Imports within functions: who, where, what.
 LATE = {
-    ("extension", "init_app", "cli"),  # not every process has a command line
+    ("extension", "worker", "engine.worker"),  # which a web process does without
+    ("cli", "invoke", "cli.readable"),
 }
 
 FOLDER = Path(flask_beanqueue.__file__).parent
-SOURCES = {path.stem: ast.parse(path.read_text()) for path in sorted(FOLDER.glob("*.py"))}
-INSIDE = sorted(set(SOURCES) - {"__init__", "__main__"})
 
 
-def imports(node: ast.AST, function: str = "") -> Iterator[tuple[str, str]]:
-    """The package's modules that a module imports, each with the function that does so."""
+def name_of(path: Path) -> str:
+    parts = path.relative_to(FOLDER).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+SOURCES = {name_of(path): ast.parse(path.read_text()) for path in sorted(FOLDER.rglob("*.py"))}
+INSIDE = sorted(set(SOURCES) - {""})
+PACKAGES = {name for name in INSIDE if (FOLDER / name.replace(".", "/")).is_dir()}
+
+
+def room(module: str) -> str:
+    if module.startswith("cli."):
+        return "commands"  # the group itself is light
+    return module.partition(".")[0]
+
+
+def imports(module: str, node: ast.AST, function: str = "") -> Iterator[tuple[str, str]]:
+    """The package's modules that a module imports when it runs, each with the function that does
+    so."""
     for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
         if isinstance(child, ast.ImportFrom) and child.level:
-            for name in [child.module] if child.module else [each.name for each in child.names]:
-                yield function, name
+            here = module.split(".") if module in PACKAGES else module.split(".")[:-1]
+            base = here[: len(here) - child.level + 1]
+            for each in child.names:
+                path = [*base, *(child.module.split(".") if child.module else []), each.name]
+                yield function, ".".join(path if ".".join(path) in SOURCES else path[:-1])
         inside = child.name if isinstance(child, ast.FunctionDef) else function
-        yield from imports(child, inside)
+        yield from imports(module, child, inside)
 
 
 def texts(module: str) -> Iterator[str]:
@@ -67,27 +81,71 @@ def texts(module: str) -> Iterator[str]:
             yield node.value
 
 
-def test_every_module_has_its_floor() -> None:
-    assert set(INSIDE) == set(FLOOR)
+def test_every_room_has_its_floor() -> None:
+    assert {room(module) for module in INSIDE} == set(FLOOR)
 
 
 @pytest.mark.parametrize("module", INSIDE)
 def test_imports_point_downwards(module: str) -> None:
-    for function, name in imports(SOURCES[module]):
-        if function:
-            assert (module, function, name) in LATE
-        else:
-            assert FLOOR[name] > FLOOR[module], f"{module} imports {name}, which is not below it"
+    for function, name in imports(module, SOURCES[module]):
+        if not function and room(name) != room(module):
+            assert FLOOR[room(name)] > FLOOR[room(module)], f"{module} imports {name}"
 
 
-def test_late_imports_are_there() -> None:
+def test_no_imports_go_round() -> None:
+    below = {
+        module: {name for function, name in imports(module, SOURCES[module]) if not function}
+        for module in INSIDE
+    }
+    graphlib.TopologicalSorter(below).prepare()
+
+
+def test_late_imports_are_known() -> None:
     found = {
         (module, function, name)
         for module in INSIDE
-        for function, name in imports(SOURCES[module])
+        for function, name in imports(module, SOURCES[module])
         if function
     }
     assert found == LATE
+
+
+def test_the_page_on_the_architecture_has_every_module() -> None:
+    page = (FOLDER.parent / "docs" / "architecture.md").read_text()
+    folder, named = "", set()
+    for line in page.partition("```\n")[2].partition("```")[0].splitlines()[1:]:
+        name = line.split()[0]
+        if name.endswith("/"):
+            folder = name
+        else:
+            named.add(name if line.startswith("  " + name) else folder + name)
+    here = {str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.py")}
+    assert named == {path for path in here if not path.endswith("/__init__.py")}
+
+
+#: What a web process does without.
+HEAVY = (
+    *("engine.worker", "engine.loop", "engine.threads", "engine.listener", "engine.heartbeat"),
+    *("engine.attempt", "engine.completer", "engine.watchdog", "processes", "cli.worker"),
+)
+SET_UP = """
+import sys
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+from flask_beanqueue import BeanQueue
+app = Flask(__name__)
+app.config["SQLALCHEMY_DATABASE_URI"] = "postgresql+psycopg2://nowhere.invalid/none"
+db = SQLAlchemy(app)
+bq = BeanQueue(app)
+print(*(name for name in sys.modules if name.startswith("flask_beanqueue.")))
+"""
+
+
+def test_a_web_process_imports_neither_the_loop_nor_the_commands() -> None:
+    run = [sys.executable, "-c", SET_UP]
+    loaded = subprocess.run(run, check=True, capture_output=True, text=True).stdout.split()
+    assert "flask_beanqueue.engine.fence" in loaded
+    assert not {f"flask_beanqueue.{name}" for name in HEAVY} & set(loaded)
 
 
 @pytest.mark.parametrize("module", INSIDE)
@@ -106,36 +164,57 @@ def test_one_module_knows_of_a_current_app() -> None:
         for node in ast.walk(SOURCES[module])
         if isinstance(node, ast.Name) and node.id == "current_app"
     }
-    assert found == {"claim"}
+    assert found == {"current"}
 
 
-#: What is said to a connection and not about the queue.
+#: What is said to a connection and not about the queue, or as the driver takes it.
 TO_THE_CONNECTION = {
-    "connection": {
+    "engine.connection": {
         "SELECT current_setting('default_transaction_isolation'), pg_backend_pid(),"
         " current_setting('server_encoding'), CASE pg_backend_pid() WHEN :pid THEN"
         " set_config('idle_session_timeout', '0', false) END"
     },
-    "listen": {"SELECT pg_backend_pid()"},
+    "engine.listener": {"SELECT pg_backend_pid()"},
+    "engine.notify": {"SELECT pg_notify(%(name)s, '')"},
 }
 
 
-@pytest.mark.parametrize("module", sorted(set(INSIDE) - {"queries"}))
-def test_sql_is_in_queries(module: str) -> None:
-    statement = re.compile(r"\s*(SELECT|INSERT|UPDATE|DELETE|WITH|MERGE|TRUNCATE)\b")
-    found = {text for text in texts(module) if statement.match(text)}
+def statements(module: str) -> Iterator[ast.Call]:
+    for node in ast.walk(SOURCES[module]):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "Sql":
+            yield node
+
+
+@pytest.mark.parametrize("module", INSIDE)
+def test_sql_is_in_whole_statements(module: str) -> None:
+    """As constants of a module, to be read and to be found."""
+    constants = [node.value for node in SOURCES[module].body if isinstance(node, ast.Assign)]
+    whole = set()
+    for statement in statements(module):
+        assert statement in constants
+        [text] = statement.args
+        assert isinstance(text, ast.Constant)
+        assert all(isinstance(part.value, ast.Name) for part in statement.keywords)
+        whole.add(text.value)
+    begins = re.compile(r"\s*(SELECT|INSERT|UPDATE|DELETE|WITH|MERGE|TRUNCATE)\b")
+    found = {text for text in texts(module) if begins.match(text)} - whole
     assert found == TO_THE_CONNECTION.get(module, set())
 
 
-@pytest.mark.parametrize("module", sorted(set(INSIDE) - {"queries", "notify"}))
-def test_sql_is_not_built_elsewhere_either(module: str) -> None:
-    for node in ast.walk(SOURCES[module]):
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("sa", "sqlalchemy"):
-            assert node.attr not in ("select", "insert", "update", "delete")
+def test_core_statements_are_for_the_tables_as_they_are() -> None:
+    found = {
+        module
+        for module in INSIDE
+        for node in ast.walk(SOURCES[module])
+        if isinstance(node, ast.Attribute)
+        and ast.unparse(node) in ("sa.select", "sa.insert", "sa.update", "sa.delete")
+    }
+    assert found == {"engine.checks", "engine.queue"}
 
 
-#: Where modules are imported by name, and whose names: the configuration's.
+#: Where modules are imported by name, and whose names: the configuration's, and a constant's.
 BY_NAME = {
+    ("cli", "get_command"),  # COMMANDS
     ("registry", "import_packages"),  # BQ_PROCESSOR_PACKAGES
     ("extension", "load_model"),  # BQ_TASK_MODEL and the like
 }
@@ -149,7 +228,7 @@ def functions(node: ast.AST, function: str = "") -> Iterator[tuple[str, ast.AST]
         yield from functions(child, inside)
 
 
-def test_modules_are_imported_by_the_names_of_the_configuration_alone() -> None:
+def test_modules_are_imported_by_names_of_the_configuration_and_of_constants_alone() -> None:
     found = {
         (module, function)
         for module in INSIDE
@@ -186,7 +265,7 @@ def test_nothing_is_evaluated(module: str) -> None:
 LOGGING = {"debug", "info", "warning", "error", "exception"}, {"isEnabledFor", "hasHandlers"}
 
 
-@pytest.mark.parametrize("module", sorted(set(INSIDE) - {"log", "cli"}))
+@pytest.mark.parametrize("module", sorted(set(INSIDE) - {"log", "cli.worker"}))
 def test_what_others_say_is_an_argument_of_what_is_logged_and_so_escaped(module: str) -> None:
     for node in ast.walk(SOURCES[module]):
         if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("log."):
@@ -198,98 +277,45 @@ def test_what_others_say_is_an_argument_of_what_is_logged_and_so_escaped(module:
 #: What takes SQL.
 TAKES_SQL = {
     *("execute", "executemany", "exec_driver_sql", "scalar", "scalars", "mogrify", "copy_expert"),
-    *("text", "_text", "_returning_claims", "literal_column", "DDL", "CheckConstraint"),
+    *("text", "literal_column", "DDL", "CheckConstraint"),
 }
-#: What it takes in each module and function that is not a literal.
+#: What it takes in each module and function that is neither a literal nor a whole statement.
 NO_LITERALS = {
     # Statements that SQLAlchemy makes, and functions.
-    ("cli", "ask", "function"),
-    ("queries", "check_tables", "nothing"),
-    ("queries", "check_tables", "sa.insert(table).from_select(['id'], nothing)"),
+    ("cli.readable", "ask", "function"),
+    ("engine.checks", "check_tables", "nothing"),
+    ("engine.checks", "check_tables", "sa.insert(table).from_select(['id'], nothing)"),
     # With what the app's own retry policy answers.
-    ("queries", "evaluate", "statement"),
-    # A constant of queries.
-    ("notify", "notify", "NOTIFY"),
+    ("engine.queue", "evaluate", "statement"),
+    # A constant of its own.
+    ("engine.notify", "notify", "NOTIFY"),
+    # Which is CANCELLED, for the length of the line.
+    ("engine.completer", "_lose", "statement"),
     # With the names of the tables, quoted.
-    ("queries", "_text", "sql.format(**self._names)"),
-    ("queries", "_returning_claims", "sql.format(claim=columns, **self._names)"),
+    ("sql", "on", "self.text.format(**tables.names, **self.parts)"),
     # With the constants for states.
-    ("models", "add_constraints", "f'state IN ({values})'"),
+    ("models.indexes", "add_constraints", "f'state IN ({values})'"),
     # With a name that is made of a UUID or a constant.
-    ("connection", "connect", "f\"SET application_name = '{name}'\""),
-    ("listen", "hears", "f'LISTEN \"{name}\"'"),
-    ("listen", "hears", "f'NOTIFY \"{name}\"'"),
+    ("engine.connection", "connect", "f\"SET application_name = '{name}'\""),
+    ("engine.listener", "hears", "f'LISTEN \"{name}\"'"),
+    ("engine.listener", "hears", "f'NOTIFY \"{name}\"'"),
     # With the name of a channel, quoted: LISTEN takes no parameters.
-    ("listen", "_connect", "f'LISTEN \"{quoted}\"'"),
+    ("engine.listener", "_connect", "f'LISTEN \"{quoted}\"'"),
 }
-
-
-def sql(module: str) -> Iterator[tuple[str, ast.expr]]:
-    """What a module hands over as SQL, and its functions that do so."""
-    for function, node in functions(SOURCES[module]):
-        if isinstance(node, ast.Call) and node.args:
-            name = ast.unparse(node.func).rpartition(".")[2]
-            if name in TAKES_SQL and not isinstance(node.args[0], ast.Constant):
-                yield function, node.args[0]
-
-
-#: Where all statements are made, by whoever else is among them.
-MAKERS = {"__init__"}
 
 
 def test_no_sql_is_built_from_values() -> None:
     found = set()
     for module in INSIDE:
-        for function, node in sql(module):
-            text = ast.unparse(node)
-            if text.startswith("sa.text("):
-                continue  # which comes by itself
-            if module == "queries" and (function in MAKERS or text.startswith("self._")):
-                continue  # see the next test
+        for function, node in functions(SOURCES[module]):
+            if not isinstance(node, ast.Call) or not node.args:
+                continue
+            [sql, *_] = node.args
+            name = ast.unparse(node.func).rpartition(".")[2]
+            text = ast.unparse(sql)
+            if name not in TAKES_SQL or isinstance(sql, ast.Constant):
+                continue
+            if re.fullmatch(r"[A-Z_]+\.on\([\w.]+\)", text) or text.startswith("sa.text("):
+                continue  # a whole statement; or one that comes by itself
             found.add((module, function, text))
     assert found == NO_LITERALS
-
-
-def test_all_statements_are_made_when_nothing_but_the_models_is_known() -> None:
-    [queries] = [
-        node
-        for node in SOURCES["queries"].body
-        if isinstance(node, ast.ClassDef) and node.name == "Queries"
-    ]
-    makers = {"_text", "_returning_claims"}
-    made = set()
-    for function in queries.body:
-        if not isinstance(function, ast.FunctionDef):
-            continue
-        if function.name == "__init__":
-            assert [each.arg for each in function.args.args] == ["self", "models"]
-            names = {
-                node.id
-                for statement in function.body
-                for node in ast.walk(statement)
-                if isinstance(node, ast.Name)
-            }
-            texts = {"claim", "due", "suspect", "suspects"}
-            known = {
-                "self",
-                "models",
-                "quote",
-                "micros",
-                "moment",
-                "has_parent",
-                "postgresql",
-            }
-            assert names == known | texts
-        for node in ast.walk(function):
-            if isinstance(node, ast.Attribute) and node.attr in makers:
-                assert function.name in MAKERS
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-                assert function.name == "__init__"
-                made.add(f"self.{node.attr}")
-    handed_over = {
-        ast.unparse(part)
-        for function, node in sql("queries")
-        if function not in MAKERS
-        for part in ast.walk(node)
-    }
-    assert {text for text in handed_over if re.fullmatch(r"self\._\w+", text)} < made

@@ -12,7 +12,8 @@ import sqlalchemy as sa
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
-from flask_beanqueue import BeanQueue, current_task, outcome
+from flask_beanqueue import BeanQueue, current_task
+from flask_beanqueue.engine import outcome
 
 Work = Callable[..., None]
 

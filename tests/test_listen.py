@@ -14,9 +14,11 @@ import sqlalchemy as sa
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
-from flask_beanqueue import BeanQueue, listen, worker
-from flask_beanqueue.listen import Listener
-from flask_beanqueue.queries import application_name
+from flask_beanqueue import BeanQueue
+from flask_beanqueue.engine import listener as listen
+from flask_beanqueue.engine import loop, worker
+from flask_beanqueue.engine.connection import application_name
+from flask_beanqueue.engine.listener import Listener
 
 from .conftest import MakeApp, parameters, running
 from .probe import Probe, query, wait_until
@@ -119,7 +121,7 @@ def test_what_was_committed_while_nobody_listened_waits_for_no_poll(
     probe: Probe,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(worker, "LISTEN_LOST", 3600.0)
+    monkeypatch.setattr(loop, "LISTEN_LOST", 3600.0)
     address.answers.set()
     with running(app, bq) as it:
         wait_until(lambda: listening(database_url, it))

@@ -16,14 +16,8 @@ import sqlalchemy as sa
 from flask import Flask, appcontext_pushed, g
 from flask_sqlalchemy import SQLAlchemy
 
-from flask_beanqueue import (
-    BeanQueue,
-    LimitAttempt,
-    current_task,
-    outcome,
-    task_failed,
-    task_retried,
-)
+from flask_beanqueue import BeanQueue, LimitAttempt, current_task, task_failed, task_retried
+from flask_beanqueue.engine import outcome
 from flask_beanqueue.log import log
 
 from .conftest import MakeApp, only_task

@@ -9,7 +9,8 @@ import pytest
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
-from flask_beanqueue import ArgumentError, BeanQueue, arguments
+from flask_beanqueue import ArgumentError, BeanQueue
+from flask_beanqueue.engine import attempt
 
 from .apps import large
 from .conftest import only_task
@@ -138,7 +139,7 @@ def test_arguments_that_raw_sql_made_larger_than_any_fail_their_task(
     with app.app_context():
         take.enqueue(value="x" * 100_000)
         db.session.commit()
-    monkeypatch.setattr(arguments, "LARGEST", 50_000)
+    monkeypatch.setattr(attempt, "LARGEST", 50_000)
     work()
     task = only_task(app, bq)
     assert task.state == "FAILED"

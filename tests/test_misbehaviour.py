@@ -30,8 +30,9 @@ import sqlalchemy as sa
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
-from flask_beanqueue import BeanQueue, LimitAttempt, WorkerDied, outcome
-from flask_beanqueue.heartbeat import Heartbeat
+from flask_beanqueue import BeanQueue, LimitAttempt, WorkerDied
+from flask_beanqueue.engine import outcome
+from flask_beanqueue.engine.heartbeat import Heartbeat
 
 from .conftest import MakeApp, running, texts
 from .probe import Probe, query
@@ -306,8 +307,8 @@ def test_a_worker_that_loses_a_thread_leaves_to_be_replaced(
     def exit(*_: Any) -> None:
         raise SystemExit
 
-    monkeypatch.setattr("flask_beanqueue.executor.Executor.execute", exit)
-    monkeypatch.setattr("flask_beanqueue.crew.failed", exit)
+    monkeypatch.setattr("flask_beanqueue.engine.attempt.Executor.execute", exit)
+    monkeypatch.setattr("flask_beanqueue.engine.threads.failed", exit)
     app = make_app(db, bq, BQ_SHUTDOWN_TIMEOUT=0.0)
     with app.app_context():
         work.enqueue()

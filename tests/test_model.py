@@ -12,12 +12,14 @@ from flask_sqlalchemy import SQLAlchemy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flask_beanqueue import BeanQueue, fence, outcome, writer
-from flask_beanqueue.executor import Executor
-from flask_beanqueue.models import DONE, NO_HEARTBEAT, PENDING, PROCESSING
-from flask_beanqueue.queries import Queries
-from flask_beanqueue.worker import Worker
-from flask_beanqueue.writer import Writer
+from flask_beanqueue import BeanQueue
+from flask_beanqueue.engine import completer, fence, heartbeat, outcome, settle
+from flask_beanqueue.engine.attempt import Executor
+from flask_beanqueue.engine.claim import Claimer
+from flask_beanqueue.engine.completer import Completer
+from flask_beanqueue.engine.loop import Loop
+from flask_beanqueue.models.task import DONE, PENDING, PROCESSING
+from flask_beanqueue.models.worker import NO_HEARTBEAT
 
 from . import model
 from .checker import Violation, check, explore, tours
@@ -247,7 +249,7 @@ def test_nothing_could_be_left_out(mutant: type[Model], may: str, rule: str, alo
 
 
 def test_the_steps_have_the_names_of_the_package() -> None:
-    package = [Executor, Queries, Worker, Writer, fence, outcome]
+    package = [Executor, Loop, Claimer, Completer, fence, heartbeat, outcome, settle]
     steps = {*model.LOOP, *model.THREADS, *model.NOBODY, *model.CHANCES, "kill"}
     named = {
         step
@@ -266,8 +268,8 @@ def make_replay(
     caplog: pytest.LogCaptureFixture,
 ) -> Iterator[Callable[[Model], Replay]]:
     """Makes replays in which nothing takes time."""
-    monkeypatch.setattr(writer, "LOCK_TIMEOUT", 0.005)
-    monkeypatch.setattr(writer, "LOCKED_AGAIN", 0.0)
+    monkeypatch.setattr(completer, "LOCK_TIMEOUT", 0.005)
+    monkeypatch.setattr(completer, "LOCKED_AGAIN", 0.0)
     monkeypatch.setattr(outcome, "INTERRUPTION_DELAY", 0.0)
     caplog.set_level(logging.CRITICAL, "flask_beanqueue")
     made = []

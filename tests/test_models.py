@@ -21,8 +21,10 @@ from flask_sqlalchemy.model import Model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flask_beanqueue import BeanQueue, EventType, TaskState, WorkerState, models, outcome
-from flask_beanqueue.models import uuid7
+from flask_beanqueue import BeanQueue, EventType, TaskState, WorkerState
+from flask_beanqueue.engine import outcome
+from flask_beanqueue.models.task import DONE
+from flask_beanqueue.models.uuid7 import uuid7
 
 from .conftest import MakeApp
 from .probe import query
@@ -34,7 +36,9 @@ Work = Callable[..., None]
 
 
 def test_an_id_is_a_uuid_of_version_7_with_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "_uuid7_last", 0)  # a test may have set the time ahead
+    monkeypatch.setattr(
+        "flask_beanqueue.models.uuid7._uuid7_last", 0
+    )  # a test may have set the time ahead
     before = time.time_ns() // 1_000_000
     made = uuid7()
     after = time.time_ns() // 1_000_000
@@ -55,7 +59,7 @@ def test_ids_increase_across_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         return now
 
     monkeypatch.setattr(time, "time_ns", let_others_go_first)
-    monkeypatch.setattr(models, "_uuid7_last", 0)
+    monkeypatch.setattr("flask_beanqueue.models.uuid7._uuid7_last", 0)
     batches: list[list[uuid.UUID]] = []
 
     def make() -> None:
@@ -74,7 +78,7 @@ def test_ids_increase_across_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 @given(clock=st.lists(st.integers(min_value=0, max_value=2**63), min_size=1, max_size=20))
 def test_ids_increase_whatever_the_clock_does(clock: list[int]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "_uuid7_last", 0)
+        patch.setattr("flask_beanqueue.models.uuid7._uuid7_last", 0)
         made = []
         for now in clock:
             patch.setattr(time, "time_ns", lambda now=now: now)
@@ -88,7 +92,7 @@ def test_ids_differ_between_processes_that_share_a_clock(monkeypatch: pytest.Mon
     monkeypatch.setattr(time, "time_ns", lambda: 1_700_000_000_000_000_000)
     made = []
     for _ in range(2):
-        monkeypatch.setattr(models, "_uuid7_last", 0)
+        monkeypatch.setattr("flask_beanqueue.models.uuid7._uuid7_last", 0)
         made.append(uuid7())
     assert made[0].int >> 64 == made[1].int >> 64
     assert made[0] != made[1]
@@ -207,8 +211,8 @@ def test_a_member_is_its_text() -> None:
                 == f"{member}"
                 == json.loads(json.dumps(member))
             )
-    assert models.DONE == TaskState.DONE
-    assert type(models.DONE) is str
+    assert DONE == TaskState.DONE
+    assert type(DONE) is str
 
 
 def test_members_are_stored_and_found_as_text(

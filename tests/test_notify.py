@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flask_beanqueue import BeanQueue, LimitAttempt
-from flask_beanqueue.listen import Listener
+from flask_beanqueue.engine.listener import Listener
 
 from .conftest import MakeApp
 from .probe import Probe, query

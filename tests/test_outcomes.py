@@ -19,8 +19,10 @@ from flask_sqlalchemy import SQLAlchemy
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from flask_beanqueue import BeanQueue, arguments, outcome, writer
-from flask_beanqueue.outcome import Outcome
+from flask_beanqueue import BeanQueue
+from flask_beanqueue import codec as arguments
+from flask_beanqueue.engine import completer, outcome
+from flask_beanqueue.engine.outcome import Outcome
 
 from .stage import Act, End, raising
 from .values import CYCLE, TEXT, VALUES, Leaving, Mapping, Unprintable, bad, nested, same
@@ -77,14 +79,14 @@ def test_a_result_that_is_too_large_is_left_out(
 
 def test_large_results_go_into_several_statements(monkeypatch: pytest.MonkeyPatch) -> None:
     """PostgreSQL closes the connection to who sends a gigabyte at once."""
-    monkeypatch.setattr(writer, "LARGEST_PART", 100)
+    monkeypatch.setattr(completer, "LARGEST_PART", 100)
     claim: Any = None
     waiting = [
         Outcome(claim, "DONE", result=size and "x" * size) for size in (None, 60, 30, 20, 300, 50)
     ]
     parts = []
     while waiting:
-        part = writer.first_part(waiting, 3)
+        part = completer.first_part(waiting, 3)
         parts.append([each.result and len(each.result) for each in part])
         waiting = waiting[len(part) :]
     assert parts == [[None, 60, 30], [20], [300], [50]]

@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 from flask import Flask
 
-from flask_beanqueue.connection import connect
+from flask_beanqueue.engine.connection import connect
 
 from .apps import faults
 from .apps.faults import effects

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import sqlalchemy as sa
 from flask import Flask
@@ -21,7 +22,7 @@ from flask_sqlalchemy import SQLAlchemy
 
 from example_app.models import db as example
 from flask_beanqueue import Config
-from flask_beanqueue.cli import bq_cli
+from flask_beanqueue.cli import COMMANDS, bq_cli
 from flask_beanqueue.config import OF_BEANQUEUE
 
 from .probe import query
@@ -250,10 +251,10 @@ def test_the_configuration_table_is_the_configuration() -> None:
 def test_the_command_line_is_the_one_described() -> None:
     section = README.partition("## Command line")[2].partition("\n## ")[0]
     commands = set(re.findall(r"`flask bq ([\w-]+)", section))
-    assert commands == set(bq_cli.commands)
+    assert commands == set(COMMANDS)
     options = {
         option
-        for parameter in bq_cli.commands["worker"].params
+        for parameter in bq_cli.get_command(click.Context(bq_cli), "worker").params
         for option in parameter.opts
         if option.startswith("--")
     }

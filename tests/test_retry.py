@@ -15,7 +15,8 @@ from flask_sqlalchemy import SQLAlchemy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flask_beanqueue import BeanQueue, DelayRetry, ExponentialBackoffRetry, LimitAttempt, outcome
+from flask_beanqueue import BeanQueue, DelayRetry, ExponentialBackoffRetry, LimitAttempt
+from flask_beanqueue.engine import outcome
 
 from .probe import query
 

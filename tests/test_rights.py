@@ -15,7 +15,9 @@ from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
 from flask_beanqueue import BeanQueue, TaskModelMixin, TaskModelRefWorkerMixin
-from flask_beanqueue.connection import SetupError, connect
+from flask_beanqueue.engine.checks import check_tables
+from flask_beanqueue.engine.connection import connect
+from flask_beanqueue.exceptions import SetupError
 
 from . import postgres
 from .apps import rights
@@ -628,7 +630,7 @@ def check(shop: Shop, role: str = "worker", **changes: Any) -> None:
     """
     engine = sa.create_engine(sa.make_url(shop.url_of(role)).set(**changes))
     with contextlib.closing(connect(engine)) as connection:
-        rights.bq.queries.check_tables(connection)
+        check_tables(connection, rights.bq.models)
 
 
 HIDDEN = "Row-level security keeps {role} from rows of {tables}"

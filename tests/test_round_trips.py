@@ -139,9 +139,9 @@ def test_round_trips_of_a_thousand_tasks(
     """Those of a task are exact; those of the loop depend on how the threads take turns, and on how
     often it has to look around meanwhile."""
     # On a slow machine, too, as many are claimed and written at once as may be.
-    monkeypatch.setattr("flask_beanqueue.crew.HORIZON", 60.0)
-    monkeypatch.setattr("flask_beanqueue.worker.GIVE_BACK_AFTER", 60.0)
-    monkeypatch.setattr("flask_beanqueue.worker.FLUSH_AFTER", 60.0)
+    monkeypatch.setattr("flask_beanqueue.engine.threads.HORIZON", 60.0)
+    monkeypatch.setattr("flask_beanqueue.engine.loop.GIVE_BACK_AFTER", 60.0)
+    monkeypatch.setattr("flask_beanqueue.engine.loop.FLUSH_AFTER", 60.0)
     with app.app_context():
         processor(bq, name).enqueue_many({} for _ in range(MANY))
         db.session.commit()

@@ -24,8 +24,8 @@ from flask_beanqueue import (
     WorkerModelMixin,
     WorkerRefMixin,
     current_task,
-    fence,
 )
+from flask_beanqueue.engine import fence
 
 from . import postgres
 from .conftest import MakeApp, only_task, running, texts, with_driver

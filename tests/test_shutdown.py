@@ -13,8 +13,8 @@ import pytest
 from flask import Flask
 
 from flask_beanqueue import BeanQueue
-from flask_beanqueue.bell import Bell
-from flask_beanqueue.shutdown import Relay, handling
+from flask_beanqueue.engine.shutdown import Relay, handling
+from flask_beanqueue.engine.wakeup import Wakeup
 
 
 @pytest.fixture
@@ -89,44 +89,44 @@ def test_a_worker_leaves_at_once_for_sigquit_or_a_second_interrupt(
             return 1000.0
 
     worker.config = Config()  # type: ignore[assignment]
-    with worker._bell, worker._signal_handlers():
+    with worker._wakeup, worker._signal_handlers():
         call_handler(first)
         if not within:
             call_handler(second)
-    assert worker._stopping
-    assert (worker._grace_until <= time.monotonic()) is at_once
+    assert worker._loop._stopping
+    assert (worker._loop._grace_until <= time.monotonic()) is at_once
 
 
 def test_the_first_interrupt_of_a_worker_that_stops_already_is_no_impatience(
     app: Flask, bq: BeanQueue
 ) -> None:
     worker = bq.worker(["default"], app=app)
-    with worker._bell, worker._signal_handlers():
+    with worker._wakeup, worker._signal_handlers():
         worker.stop()
         call_handler(signal.SIGINT)
-        assert worker._grace_until > time.monotonic()
+        assert worker._loop._grace_until > time.monotonic()
         call_handler(signal.SIGINT)
-        assert worker._grace_until <= time.monotonic()
+        assert worker._loop._grace_until <= time.monotonic()
 
 
 def test_a_terminal_that_is_closed_makes_a_worker_leave_and_is_never_impatient(
     app: Flask, bq: BeanQueue
 ) -> None:
     worker = bq.worker(["default"], app=app)
-    with worker._bell, worker._signal_handlers():
+    with worker._wakeup, worker._signal_handlers():
         call_handler(signal.SIGHUP)
         call_handler(signal.SIGHUP)
-        assert worker._stopping
-        assert worker._grace_until > time.monotonic()
+        assert worker._loop._stopping
+        assert worker._loop._grace_until > time.monotonic()
 
 
 def test_nohup_lets_a_worker_outlive_its_terminal(app: Flask, bq: BeanQueue) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         worker = bq.worker(["default"], app=app)
-        with worker._bell, worker._signal_handlers():
+        with worker._wakeup, worker._signal_handlers():
             signal.raise_signal(signal.SIGHUP)
-            assert not worker._stopping
+            assert not worker._loop._stopping
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -141,7 +141,7 @@ def unheeded() -> Iterator[int]:
 
 
 def test_a_signal_that_comes_just_before_the_sleep_ends_it(unheeded: int) -> None:
-    bell = Bell()
+    bell = Wakeup()
     with bell:
         with handling({}, bell.wakes):
             signal.raise_signal(unheeded)
@@ -154,6 +154,6 @@ def test_a_signal_that_comes_just_before_a_worker_sleeps_wakes_it(
     app: Flask, bq: BeanQueue, unheeded: int
 ) -> None:
     worker = bq.worker(["default"], app=app)
-    with worker._bell, worker._signal_handlers():
+    with worker._wakeup, worker._signal_handlers():
         signal.raise_signal(unheeded)
-        assert worker._bell.drain()
+        assert worker._wakeup.drain()

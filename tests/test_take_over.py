@@ -12,11 +12,13 @@ import sqlalchemy as sa
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
-from flask_beanqueue import BeanQueue, task_failed, writer
-from flask_beanqueue.connection import connect
-from flask_beanqueue.marks import Level
-from flask_beanqueue.models import uuid7
-from flask_beanqueue.writer import Writer
+from flask_beanqueue import BeanQueue, task_failed
+from flask_beanqueue.engine import completer, heartbeat, takeover
+from flask_beanqueue.engine.claim import claim_tasks
+from flask_beanqueue.engine.connection import connect
+from flask_beanqueue.engine.cursor import Level
+from flask_beanqueue.engine.takeover import Orphans
+from flask_beanqueue.models.uuid7 import uuid7
 
 from .conftest import MakeApp, running
 from .probe import Probe, query, wait_until
@@ -26,17 +28,18 @@ Work = Callable[..., None]
 
 
 @pytest.fixture
-def other(app: Flask, bq: BeanQueue) -> Writer:
-    """The writer of a worker of which there is nothing else."""
-    return Writer(app, bq, 500, lambda claim, waits: None)
+def other(app: Flask, bq: BeanQueue) -> Any:
+    """The loop of a worker of which there is nothing else."""
+    worker: Any = bq.worker(["default"], app=app)
+    return worker._loop
 
 
 @pytest.fixture
-def take_over(app: Flask, bq: BeanQueue, other: Writer) -> Iterator[Callable[[], None]]:
+def take_over(app: Flask, bq: BeanQueue, other: Any) -> Iterator[Callable[[], None]]:
     connection = connect(bq.engine(app))
 
     def take_over() -> None:
-        while not other.take_over(connection, 3):
+        while other._take_over(connection) == 0.0:
             pass
 
     yield take_over
@@ -57,7 +60,7 @@ def on_update(app: Flask, database_url: str) -> Callable[[str, str], None]:
 def add_worker(app: Flask, bq: BeanQueue, state: str) -> Any:
     with contextlib.closing(connect(bq.engine(app))) as connection:
         worker_id = uuid7()
-        bq.queries.add_worker(connection, worker_id, "gone", ["default"])
+        heartbeat.add_worker(connection, bq.models, worker_id, "gone", ["default"])
         connection.execute(
             sa.update(bq.Worker).where(bq.Worker.id == worker_id).values(state=state)
         )
@@ -115,7 +118,7 @@ def test_a_thousand_and_one_are_taken_over_at_once(
     app: Flask, db: SQLAlchemy, bq: BeanQueue, take_over: Callable[[], None]
 ) -> None:
     with app.app_context():
-        db.session.add_all(held(bq) for _ in range(writer.TAKE_OVER_SIZE + 1))
+        db.session.add_all(held(bq) for _ in range(takeover.SIZE + 1))
         db.session.commit()
         take_over()
         assert set(db.session.scalars(sa.select(bq.Task.state))) == {"PENDING"}
@@ -125,11 +128,11 @@ def test_tasks_that_somebody_has_locked_are_taken_over_later(
     app: Flask,
     db: SQLAlchemy,
     bq: BeanQueue,
-    other: Writer,
+    other: Any,
     take_over: Callable[[], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(writer, "LOCKED_AGAIN", 0.0)
+    monkeypatch.setattr(completer, "LOCKED_AGAIN", 0.0)
     with app.app_context():
         locked, free = held(bq), held(bq)
         db.session.add_all([locked, free])
@@ -293,7 +296,7 @@ def test_a_task_that_is_taken_over_by_two_is_counted_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Both find it, and the fence lets one of them write."""
-    find = bq.queries.orphans
+    find = Orphans.next_part
     found: list[Any] = []
 
     def both(*args: Any) -> Any:
@@ -307,17 +310,17 @@ def test_a_task_that_is_taken_over_by_two_is_counted_once(
         task = held(bq)
         db.session.add(task)
         db.session.commit()
-        second = Writer(app, bq, 500, lambda claim, waits: None)
-        monkeypatch.setattr(bq.queries, "orphans", both)
+        second: Any = bq.worker(["default"], app=app)
+        monkeypatch.setattr(Orphans, "next_part", both)
         with contextlib.closing(connect(bq.engine(app))) as connection:
-            second.take_over(connection, 3)
+            second._loop._take_over(connection)
         assert len(found) == 1
         assert (task.state, task.crashes, len(task.events)) == ("PENDING", 1, 1)
     assert "no longer this worker's" not in caplog.text
 
 
 def test_a_worker_that_counts_as_dead_does_not_take_over_what_it_has_in_its_own_hands(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, other: Writer, take_over: Callable[[], None]
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, other: Any, take_over: Callable[[], None]
 ) -> None:
     """It has been frozen, and may take over before its heartbeat tells it. What it runs would be
     counted as crashed, and run a second time, while it may still end."""
@@ -326,7 +329,7 @@ def test_a_worker_that_counts_as_dead_does_not_take_over_what_it_has_in_its_own_
         mine = bq.Task(module="m", name="f")
         db.session.add(mine)
         db.session.commit()
-        other.held.update(bq.queries.claim(connection, worker_id, [Level("default", 0)], 1))
+        other.held.update(claim_tasks(connection, bq.models, worker_id, [Level("default", 0)], 1))
         orphan = held(bq)
         db.session.add(orphan)
         db.session.commit()
@@ -338,7 +341,7 @@ def test_a_worker_that_counts_as_dead_does_not_take_over_what_it_has_in_its_own_
 
 
 def test_a_task_that_ends_while_it_is_given_back_is_not_called_rolled_back(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, other: Writer, caplog: pytest.LogCaptureFixture
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, other: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The time to leave was over while its processor committed."""
     worker_id = add_worker(app, bq, "RUNNING")
@@ -346,19 +349,19 @@ def test_a_task_that_ends_while_it_is_given_back_is_not_called_rolled_back(
         task = bq.Task(module="m", name="f")
         db.session.add(task)
         db.session.commit()
-        claims = bq.queries.claim(connection, worker_id, [Level("default", 0)], 1)
+        claims = claim_tasks(connection, bq.models, worker_id, [Level("default", 0)], 1)
         other.held.update(claims)
         task.state = "DONE"
         db.session.commit()
-        other.give_back(claims)
-        other.write(connection)
+        other._give_back(claims)
+        other._write(connection)
         assert task.state == "DONE"
     assert "had ended, or was taken over, when it was to be given back" in caplog.text
     assert "rolled back" not in caplog.text
 
 
 def test_a_stray_claim_that_is_being_taken_over_is_not_given_back_as_well(
-    app: Flask, db: SQLAlchemy, bq: BeanQueue, other: Writer, monkeypatch: pytest.MonkeyPatch
+    app: Flask, db: SQLAlchemy, bq: BeanQueue, other: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The worker came back before the claim whose answer it lost, and has counted as dead since.
     Of two outcomes of one claim in one statement, either may be written."""
@@ -367,11 +370,12 @@ def test_a_stray_claim_that_is_being_taken_over_is_not_given_back_as_well(
         db.session.add(held(bq, worker_id))
         db.session.commit()
         with monkeypatch.context() as patch:
-            patch.setattr(other, "write", lambda connection: None)
-            other.take_over(connection, 3)
-        other.give_back_strays(connection, worker_id)
+            patch.setattr(other._completer, "write", lambda connection: None)
+            other._take_over(connection)
+            other._worker_id = worker_id
+            other._give_back_strays(connection)
         assert not other.held
-        other.write(connection)
+        other._write(connection)
         task = db.session.scalars(sa.select(bq.Task)).one()
         assert (task.state, task.crashes) == ("PENDING", 1)
 
@@ -455,19 +459,19 @@ def test_rows_that_a_trigger_leaves_as_they_are_are_taken_over_no_more_than_twic
     body: str,
 ) -> None:
     """And do not hide others."""
-    monkeypatch.setattr(writer, "TAKE_OVER_SIZE", 2)
+    monkeypatch.setattr(takeover, "SIZE", 2)
     on_update("odd", body)
     with app.app_context():
         db.session.add_all([held(bq, name=name) for name in ("odd", "odd", "odd", "good")])
         db.session.commit()
     rounds = []
-    find = bq.queries.orphans
+    find = Orphans.next_part
 
     def count(*args: Any) -> Any:
         rounds.append(1)
         return [] if len(rounds) > 20 else find(*args)
 
-    monkeypatch.setattr(bq.queries, "orphans", count)
+    monkeypatch.setattr(Orphans, "next_part", count)
     take_over()
     assert len(rounds) < 10
     with app.app_context():
@@ -492,7 +496,7 @@ def test_a_worker_takes_over_as_soon_as_its_heartbeat_has_declared_others_dead(
             probe.wait("nothing DONE")  # it has started
             db.session.add(held(bq, module=nothing.module, name="nothing"))
             db.session.commit()
-        worker._take_over_soon()
+        worker._loop.take_over_soon()
         probe.wait("nothing DONE", timeout=20)
 
 

@@ -19,11 +19,12 @@ from flask_sqlalchemy import SQLAlchemy
 from flask_sqlalchemy.record_queries import get_recorded_queries
 
 from flask_beanqueue import BeanQueue, LimitAttempt
-from flask_beanqueue.crew import HORIZON
-from flask_beanqueue.marks import Front, Marks
-from flask_beanqueue.queries import application_name
-from flask_beanqueue.worker import Worker
-from flask_beanqueue.writer import Writer
+from flask_beanqueue.engine import heartbeat, loop
+from flask_beanqueue.engine.connection import application_name
+from flask_beanqueue.engine.cursor import Cursor
+from flask_beanqueue.engine.loop import Loop
+from flask_beanqueue.engine.threads import HORIZON
+from flask_beanqueue.engine.worker import Worker
 
 from .conftest import MakeApp, running
 from .probe import Probe, connect, query, wait_until
@@ -356,17 +357,18 @@ def test_a_claim_that_arrives_when_its_worker_has_long_come_back_is_given_back(
     """The backend that was lost was at work still. Nobody else takes over from who lives."""
     timing = {"BQ_WORKER_HEARTBEAT_PERIOD": 0.1, "BQ_WORKER_HEARTBEAT_TIMEOUT": 0.5}
     app = make_app(db, bq, BQ_POLL_TIMEOUT=3600, **timing)
-    look = Writer.give_back_strays
+    look = loop.claims_of
     arrived = []
 
-    def arrives_after_the_look(writer: Writer, connection: Any, worker_id: Any) -> None:
-        look(writer, connection, worker_id)
+    def arrives_after_the_look(connection: Any, models: Any, worker_id: Any) -> Any:
+        found = look(connection, models, worker_id)
         if not arrived:
             claim = "state = 'PROCESSING', claims = 1, scheduled_at = now()"
             query(database_url, f"UPDATE bq_tasks SET {claim}, worker_id = %s", str(worker_id))
             arrived.append(worker_id)
+        return found
 
-    monkeypatch.setattr(Writer, "give_back_strays", arrives_after_the_look)
+    monkeypatch.setattr(loop, "claims_of", arrives_after_the_look)
     with running(app, bq) as worker, app.app_context():
         note.using(delay=datetime.timedelta(hours=1)).enqueue(number=1)
         db.session.commit()
@@ -455,7 +457,7 @@ def test_tasks_that_were_in_a_crash_follow_each_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A worker that holds nothing else takes the next one without a look around."""
-    monkeypatch.setattr("flask_beanqueue.suspect.TURN", 60.0)
+    monkeypatch.setattr("flask_beanqueue.engine.quarantine.TURN", 60.0)
     with app.app_context():
         tasks = [note.run(number=number) for number in range(50)]
         for task in tasks:
@@ -478,7 +480,7 @@ def test_a_task_that_was_in_a_crash_gives_way_to_others_and_is_done_in_the_end(
 ) -> None:
     """It waits beside a long task, is given back, and comes again when it can be alone."""
     probe.listen_states()
-    monkeypatch.setattr("flask_beanqueue.suspect.REST", 2)
+    monkeypatch.setattr("flask_beanqueue.engine.quarantine.REST", 2)
     with busy_worker(2):
         suspect = suspected(db, note, number=-1)
         db.session.commit()
@@ -506,7 +508,7 @@ def test_a_task_that_was_in_a_crash_is_not_left_waiting_by_an_idle_worker(
 ) -> None:
     """It has given way to a long task, would have to rest, and then there is nothing else to do."""
     probe.listen_states()
-    monkeypatch.setattr("flask_beanqueue.suspect.REST", 1000)
+    monkeypatch.setattr("flask_beanqueue.engine.quarantine.REST", 1000)
     with busy_worker(2):
         suspect = suspected(db, note, number=-1)
         db.session.commit()
@@ -555,7 +557,7 @@ def test_a_worker_that_leaves_gives_back_a_task_that_waits_to_be_alone(
     gate: threading.Event,
 ) -> None:
     probe.listen_states()
-    monkeypatch.setattr("flask_beanqueue.suspect.PATIENCE", 60)
+    monkeypatch.setattr("flask_beanqueue.engine.quarantine.PATIENCE", 60)
     with busy_worker(2) as worker:
         suspected(db, note, number=-1)
         db.session.commit()
@@ -601,7 +603,7 @@ def test_a_worker_that_leaves_does_not_take_itself_for_dead(
 ) -> None:
     """Its heartbeat would, once it has said goodbye."""
     app = make_app(db, bq, BQ_WORKER_HEARTBEAT_PERIOD=0.0001, BQ_WORKER_HEARTBEAT_TIMEOUT=60.0)
-    retire = bq.queries.retire
+    retire = heartbeat.retire
     retired = threading.Event()
 
     def retire_and_wait(*arguments: Any) -> None:
@@ -611,7 +613,7 @@ def test_a_worker_that_leaves_does_not_take_itself_for_dead(
                 thread.join(30)  # until it has found its worker gone
         retired.set()
 
-    monkeypatch.setattr(bq.queries, "retire", retire_and_wait)
+    monkeypatch.setattr(heartbeat, "retire", retire_and_wait)
     bq.process_tasks(["default"], app=app, burst=True)
     assert retired.is_set()
 
@@ -1015,7 +1017,7 @@ def test_a_worker_outlives_a_trigger_that_forbids_all_claims_for_a_while(
         note.enqueue(number=2)
         db.session.commit()
         wait_until(lambda: "is tried again: maintenance until six" in caplog.text)
-        wait_until(lambda: worker._failures > 3)
+        wait_until(lambda: worker._loop._failures > 3)
         query(database_url, "DROP TRIGGER refuse ON bq_tasks")
         log.wait(2)
 
@@ -1099,15 +1101,15 @@ def test_what_is_urgent_does_not_wait_until_all_that_cannot_be_claimed_is_steppe
     database_url: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    passed: list[str] = []
+    passed: list[Any] = []
     before: list[int] = []
-    step_over = Marks.step_over
+    step_over = Cursor.step_over
 
-    def count(self: Marks, front: Front) -> Any:
-        passed.append(front.id)
-        return step_over(self, front)
+    def count(self: Cursor, level: Any, refused: Any) -> Any:
+        passed.append(refused)
+        return step_over(self, level, refused)
 
-    monkeypatch.setattr(Marks, "step_over", count)
+    monkeypatch.setattr(Cursor, "step_over", count)
 
     @bq.processor()
     def urgent() -> None:
@@ -1239,14 +1241,14 @@ def test_a_task_that_ends_just_before_a_leaving_worker_sleeps_is_seen(
     app: Flask, db: SQLAlchemy, bq: BeanQueue, Note: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started, flushed = threading.Event(), threading.Event()
-    write_outcomes = Worker._write
+    write_outcomes = Loop._write
 
-    def ends_here(worker: Worker) -> None:
+    def ends_here(loop: Loop, connection: Any) -> None:
         """Comes when the loop has looked for what is through."""
-        write_outcomes(worker)
-        if worker._stopping and not flushed.is_set():
+        write_outcomes(loop, connection)
+        if loop._stopping and not flushed.is_set():
             flushed.set()
-            wait_until(lambda: worker._crew.through)
+            wait_until(lambda: loop._threads.through)
             time.sleep(0.01)  # the thread asks itself whether that is news
 
     @bq.processor()
@@ -1258,7 +1260,7 @@ def test_a_task_that_ends_just_before_a_leaving_worker_sleeps_is_seen(
     with app.app_context():
         write.enqueue()
         db.session.commit()
-    monkeypatch.setattr(Worker, "_write", ends_here)
+    monkeypatch.setattr(Loop, "_write", ends_here)
     worker = bq.worker(app=app)
     thread = threading.Thread(target=worker.run, daemon=True)
     thread.start()

@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from flask_beanqueue.arguments import ENCODER
-from flask_beanqueue.models import uuid7s
+from flask_beanqueue.codec import ENCODER
+from flask_beanqueue.models.uuid7 import uuid7s
 
 from .. import app as bench
 from ..sizes import Sizes

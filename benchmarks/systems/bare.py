@@ -18,11 +18,14 @@ import psycopg2
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import psycopg2 as dialect
 
-from flask_beanqueue.claim import Claim, decode
-from flask_beanqueue.marks import Level
-from flask_beanqueue.models import uuid7
-from flask_beanqueue.queries import array, behind, milliseconds
-from flask_beanqueue.writer import LOCK_TIMEOUT
+from flask_beanqueue.codec import decode
+from flask_beanqueue.engine import heartbeat
+from flask_beanqueue.engine.claim import CLAIM, Claim, claim_tasks
+from flask_beanqueue.engine.completer import LOCK_TIMEOUT
+from flask_beanqueue.engine.cursor import Level
+from flask_beanqueue.engine.settle import FINISH, FINISH_ONE, finish_one, milliseconds
+from flask_beanqueue.models.uuid7 import uuid7
+from flask_beanqueue.sql import array
 
 from .. import app as bench
 from ..system import System, dsn, run
@@ -127,7 +130,15 @@ def add_worker(cursor: Any) -> str:
 
 def claim_from(level: Level, worker_id: str, limit: int) -> dict[str, Any]:
     """The parameters of the worker's claim."""
-    return {"worker_id": worker_id, "most": 8_000, **behind([level], limit)}
+    return {
+        "worker_id": worker_id,
+        "channels": [level.channel],
+        "priorities": [level.priority],
+        "ats": [level.at],
+        "ids": [level.id],
+        "limit": limit,
+        "most": 8_000,
+    }
 
 
 def finish_of(rows: list[tuple[Any, ...]]) -> dict[str, Any]:
@@ -143,8 +154,8 @@ def finish_of(rows: list[tuple[Any, ...]]) -> dict[str, Any]:
 
 def batches(limit: int, *, front: bool) -> None:
     cursor = connect().cursor()
-    claim = FRONT if front else compiled(bench.bq.queries._claim[False])
-    finish = compiled(bench.bq.queries._finish)
+    claim = FRONT if front else compiled(CLAIM.on(bench.bq.models))
+    finish = compiled(FINISH.on(bench.bq.models))
     level = Level("bench", 0)
     worker_id = add_worker(cursor)
     tick(0)
@@ -154,7 +165,7 @@ def batches(limit: int, *, front: bool) -> None:
         if not rows:
             break
         if not front:
-            level.mark = max((row[8], row[1]) for row in rows)
+            level.place = max((row[8], row[1]) for row in rows)
         cursor.execute(finish, finish_of(rows))
         assert len(cursor.fetchall()) == len(rows)
         tick(len(rows))
@@ -167,10 +178,10 @@ def claims() -> list[Claim]:
     claims: list[Claim] = []
     level = Level("bench", 0)
     worker_id = uuid7()
-    bq.queries.add_worker(connection, worker_id, "session loop", ["bench"])
-    while batch := bq.queries.claim(connection, worker_id, [level], 500):
+    heartbeat.add_worker(connection, bq.models, worker_id, "session loop", ["bench"])
+    while batch := claim_tasks(connection, bq.models, worker_id, [level], 500):
         claims += batch
-        level.mark = batch[-1].scheduled_at, batch[-1].key
+        level.place = batch[-1].scheduled_at, batch[-1].key
     db.session.commit()
     return claims
 
@@ -205,7 +216,7 @@ def session(threads: int) -> None:
         with app.app_context():
             db.session.add(bench.Row(number=decode(claim.arguments or "")["number"]))
             db.session.flush()
-            assert bq.queries.finish_one(db.session.connection(), claim, None)
+            assert finish_one(db.session.connection(), bq.models, claim, None)
             db.session.commit()
 
     with app.app_context():
@@ -214,7 +225,7 @@ def session(threads: int) -> None:
 
 
 def statements(threads: int) -> None:
-    finish = compiled(bench.bq.queries._finish_one)
+    finish = compiled(FINISH_ONE.on(bench.bq.models))
 
     def each() -> Iterator[Callable[[Claim], None]]:
         connection = connect(autocommit=False)
@@ -240,7 +251,7 @@ def listen(limit: int) -> None:
     connection = connect()
     cursor = connection.cursor()
     cursor.execute("LISTEN bench")
-    claim = compiled(bench.bq.queries._claim[False])
+    claim = compiled(CLAIM.on(bench.bq.models))
     level = Level("bench", 0)
     worker_id = add_worker(cursor)
     while not stopping.is_set():
@@ -249,7 +260,7 @@ def listen(limit: int) -> None:
         for row in rows:
             mark(json.loads(row[6])["number"])
         if rows:
-            level.mark = max((row[8], row[1]) for row in rows)
+            level.place = max((row[8], row[1]) for row in rows)
         while not connection.notifies and not stopping.is_set():
             select.select([connection], [], [], 0.5)
             connection.poll()

@@ -1,0 +1,1 @@
+"""What a worker is made of, and what a request shares with it."""

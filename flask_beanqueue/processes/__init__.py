@@ -1,0 +1,1 @@
+"""Processes: several under one, and one that starts again."""
