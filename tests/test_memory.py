@@ -146,6 +146,31 @@ def test_arguments_that_raw_sql_made_larger_than_any_fail_their_task(
     assert "kwargs take more than 50000 bytes as text" in task.error_message
 
 
+@pytest.mark.parametrize("size", [10, 100_000], ids=["with the claim", "read by the thread"])
+def test_a_task_whose_arguments_find_no_memory_is_interrupted(
+    app: Flask,
+    db: SQLAlchemy,
+    bq: BeanQueue,
+    take: Any,
+    work: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    size: int,
+) -> None:
+    """Others of its worker may have it at the moment."""
+
+    def fail(*args: Any) -> Any:
+        raise MemoryError
+
+    name = "decode" if size == 10 else "Executor._read_arguments"
+    monkeypatch.setattr(f"flask_beanqueue.engine.attempt.{name}", fail)
+    with app.app_context():
+        take.enqueue(value="x" * size)
+        db.session.commit()
+    work()
+    task = only_task(app, bq)
+    assert (task.state, task.interruptions, task.attempts) == ("PENDING", 1, 0)
+
+
 @pytest.mark.parametrize("number", [1e308, -5e-324])
 def test_arguments_that_come_back_larger_than_any_are_refused(
     app: Flask, take: Any, number: float

@@ -148,7 +148,11 @@ class Executor:
         started = signals.task_started
         if not signals.send(started, self.app, lambda: {"task": self.queue.attach_task(claim)}):
             self._rollback()  # the processor shall not inherit a broken transaction
-        kwargs = self._arguments(attempt)
+        try:
+            kwargs = self._arguments(claim)
+        except MemoryError as error:  # others of this worker may hold what there was
+            attempt.losses += (error,)
+            raise
         injected = self.queue.injection(processor.injected)
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s starts", claim.label, extra=claim.log_extra())
@@ -174,13 +178,12 @@ class Executor:
             return None
         return None if claim.settled else outcome
 
-    def _arguments(self, attempt: Attempt) -> dict[str, t.Any]:
+    def _arguments(self, claim: Claim) -> dict[str, t.Any]:
         """Return the task's arguments. Those that were too large to come with the claim are read
         here, and not kept.
 
         :raises ValueError: if they cannot be had.
         """
-        claim = attempt.claim
         text = claim.arguments
         if text is None:
             session = self.queue.db.session
@@ -194,11 +197,7 @@ class Executor:
                         text = self._read_arguments(connection, claim)
             except sa.exc.DBAPIError as error:
                 raise ValueError(f"the task's kwargs cannot be read: {reason(error)}") from error
-        try:
-            return decode(text)
-        except MemoryError as error:  # others of this worker may hold what there was
-            attempt.losses += (error,)
-            raise
+        return decode(text)
 
     def _read_arguments(self, connection: Connection, claim: Claim) -> str:
         wanted = {"id": claim.key, "claims": claim.claims, "largest": LARGEST}

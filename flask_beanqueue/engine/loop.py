@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import typing as t
 import uuid
 
@@ -310,10 +311,10 @@ class Loop:
 
     # Duties.
 
-    def _known(self) -> t.Iterator[str]:
+    def _known(self) -> set[str]:
         """The tokens of all claims in hand, those of others that are taken over among them."""
-        for claims in (self.held, self._completer.backlog, self._completer.locked):
-            yield from (claim.token for claim in claims)
+        claims = itertools.chain(self.held, self._completer.backlog, self._completer.locked)
+        return {claim.token for claim in claims}
 
     def take_over_soon(self) -> None:
         """From the heartbeat's thread: others have been declared dead."""
@@ -332,7 +333,7 @@ class Loop:
 
     def _give_back_strays(self, connection: Connection) -> float:
         """Give back claims that were committed although the answer was lost with a connection."""
-        known = set(self._known())
+        known = self._known()
         mine = claims_of(connection, self._models, self._worker_id)
         strays = [claim for claim in mine if claim.token not in known]
         self.held.update(strays)
