@@ -30,7 +30,7 @@ Left out:
 
 - Time. Whatever takes a while may take any while. But a claim that was sent on a lost connection
   arrives, if at all, before the second look for strays.
-- The order of the queue, marks, wake-ups, events, messages: they do not decide what becomes of a
+- The order of the queue, cursors, wake-ups, events, messages: they do not decide what becomes of a
   task, only when.
 - How a task is made: an INSERT in the app's own transaction, which PostgreSQL keeps whole.
 - Unknown processors, outcomes that the database refuses, rows that are changed or deleted by hand
@@ -129,7 +129,7 @@ class Claim(NamedTuple):
     claims: int
     crashes: int
     thread: str = WAITS
-    #: In the writer's backlog.
+    #: In the completer's backlog.
     outcome: Outcome | None = None
     #: In ``Loop.held``.
     held: bool = True

@@ -1,12 +1,12 @@
 """The model's steps, taken by the package itself, on a PostgreSQL.
 
 Workers are the package's, with all that they have but time: nothing in them runs by itself. The
-steps are taken by the executor with its fence, the writer, ``Heartbeat.beat``,
-``Worker._come_back``, ``_take_over`` and ``_give_back_strays``, and by the statements of
-``queries`` for claiming, coming and going. In place of the loop, the replay decides which step is
-next, what is given back, and when a worker may leave; in place of the crew, it has threads of its
-own. A process that is frozen is one that is not told to go on. A connection is lost by shutting
-down the socket on the client's side.
+steps are taken by the executor with its fence, the completer, ``Heartbeat.beat``,
+``Loop._come_back``, ``_take_over`` and ``_give_back_strays``, and by the statements for claiming,
+coming and going. In place of the loop, the replay decides which step is next, what is given back,
+and when a worker may leave; in place of its threads are threads of the replay's own. A process that
+is frozen is one that is not told to go on. A connection is lost by shutting down the socket on the
+client's side.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from ..engine.wakeup import Wakeup
 
 
 class Fanout:
-    """A source that passes all its news on to child processes, by ringing a bell in each.
+    """A source that passes all its news on to child processes, by ringing a wake-up in each.
 
     In PostgreSQL, each backend that LISTENs costs every NOTIFY in the database: whoever commits
     signals all of them. So there is one for all children. All are woken, for who has a free thread
@@ -24,18 +24,18 @@ class Fanout:
 
     def __init__(self, source: Source, children: int) -> None:
         self._source = source
-        self._bells = [Wakeup() for _ in range(children)]
+        self._wakeups = [Wakeup() for _ in range(children)]
         self._open = contextlib.ExitStack()
-        for bell in self._bells:
-            self._open.enter_context(bell)
+        for wakeup in self._wakeups:
+            self._open.enter_context(wakeup)
         #: How often the source has begun or ceased to listen; odd while it listens. The children
-        #: share this memory: a bell that a frozen one leaves full would take no message.
+        #: share this memory: a wake-up that a frozen one leaves full would take no message.
         self._turns = memoryview(mmap.mmap(-1, 8)).cast("Q")
 
     def subscription(self, child: int) -> Subscription:
         """What a child listens to, given its number from 0. One that takes another's place gets
         the same."""
-        return Subscription(self._bells[child], self._turns)
+        return Subscription(self._wakeups[child], self._turns)
 
     @property
     def listens(self) -> bool:
@@ -63,8 +63,8 @@ class Fanout:
     def _pass_on(self) -> None:
         if self._turns[0] % 2 != self.listens:
             self._turns[0] += 1
-        for bell in self._bells:
-            bell.ring()
+        for wakeup in self._wakeups:
+            wakeup.ring()
 
     def close(self) -> None:
         self._source.close()
@@ -74,15 +74,15 @@ class Fanout:
 class Subscription:
     """A source whose news comes from the parent process.
 
-    :param bell: rung by the parent.
+    :param wakeup: rung by the parent.
     :param turns: how often the parent has begun or ceased to listen; odd while it listens.
     """
 
     #: The parent tries, and rings.
     next_try = float("inf")
 
-    def __init__(self, bell: Wakeup, turns: memoryview[int]) -> None:
-        self._bell = bell
+    def __init__(self, wakeup: Wakeup, turns: memoryview[int]) -> None:
+        self._wakeup = wakeup
         self._turns = turns
         #: Since when it has listened without a gap; 0 if it does not.
         self._turn = 0
@@ -99,10 +99,10 @@ class Subscription:
         return True
 
     def fileno(self) -> int:
-        return self._bell.fileno()
+        return self._wakeup.fileno()
 
     def drain(self) -> bool:
-        rung = self._bell.drain()
+        rung = self._wakeup.drain()
         if self._turns[0] != self._turn:
             self._turn = 0  # even if the parent listens again: there was a gap
         return rung
