@@ -286,7 +286,7 @@ class BeanQueue(Queue):
         source: Source | None = None,
         watched: bool = False,
     ) -> Worker:
-        """Make the worker that :meth:`process_tasks` runs, for who needs its ``stop()``.
+        """Make the worker that :meth:`process_tasks` runs, for those who need its ``stop()``.
 
         :param source: what tells it of news; a LISTEN connection of its own, unless given.
         :param watched: whether the process is the worker's, and ends itself when none of its

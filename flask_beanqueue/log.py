@@ -55,7 +55,7 @@ def format_exception(error: BaseException) -> str:
 
 def escape_record(record: logging.LogRecord) -> bool:
     """Escape what a record is given, and its traceback as formatters print it. The exception itself
-    stays for who wants that."""
+    stays for those who want it."""
     if isinstance(record.args, tuple):
         record.args = tuple(
             arg if isinstance(arg, (int, float)) else escape(shorten(str(arg), LONGEST))

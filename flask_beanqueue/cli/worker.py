@@ -152,7 +152,7 @@ def supervise(worker: Worker, work: t.Callable[[Place, Source], int], processes:
 
 
 def forget_connections(app: Flask, bq: BeanQueue) -> None:
-    """Connections do not survive a fork; they stay the parent's, who closes them."""
+    """Connections do not survive a fork; they stay the parent's, which closes them."""
     with app.app_context():
         for engine in bq.db.engines.values():
             engine.dispose(close=False)

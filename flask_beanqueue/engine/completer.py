@@ -27,7 +27,7 @@ LOCKED_AGAIN = 1.0
 #: Seconds after which the rest is written another time, so that the loop sees to other things.
 WRITE_FOR = 0.1
 #: Characters of results and tracebacks that go into one statement, if there is more than one
-#: outcome. PostgreSQL closes the connection to who sends a gigabyte.
+#: outcome. PostgreSQL closes a connection that sends a gigabyte.
 LARGEST_PART = 2**26
 
 # Which rows somebody else has locked, without waiting for them.

@@ -17,8 +17,9 @@ READ_COMMITTED = "read committed"
 
 
 def open_beside(engine: Engine) -> t.Any:
-    """Open a connection of the driver's as the engine's pool does, listeners included, but wait for
-    none of those that the pool has: who waits while tasks use them all may be taken for dead.
+    """Open a connection of the driver's as the engine's pool does, listeners included.
+
+    It never waits for the pool: a worker that waits there would miss its heartbeats.
 
     :return: the connection as a pool hands it out, one that is not the engine's.
     """
@@ -146,7 +147,7 @@ def limits(timeout: float) -> dict[str, int]:
     """libpq's settings by which a connection ends that no answer can come through any more, and an
     attempt to connect.
 
-    Without them, who waits for an answer when the network is cut waits for two hours.
+    Without them, a client whose network is cut waits for an answer for two hours.
 
     :param timeout: seconds within which that is found out.
     """

@@ -225,7 +225,7 @@ class Heartbeat(threading.Thread):
                 break
 
     def beat(self) -> bool:
-        """Beat once, and declare dead who is silent for too long.
+        """Beat once, and declare dead those that are silent for too long.
 
         :return: whether this worker itself still counts as alive.
         """

@@ -25,7 +25,7 @@ RETRY_WITHIN = 30.0
 LASTS = 0.1
 #: Seconds that the first attempt is waited for, so that a worker can say whether it listens.
 FIRST_ATTEMPT = 2.0
-#: Seconds that connecting may hold up who does it by itself.
+#: Seconds that connecting may take in a process that must have no threads.
 SHORT = 2
 #: Seconds that the listener waits for what it has told itself: less, so that it can say why not.
 ECHO_WITHIN = 1.0
